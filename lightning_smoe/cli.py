@@ -1,0 +1,206 @@
+"""The command line: LightningCLI whose subcommands are the verbs of `SMoETrainer`."""
+
+import difflib
+import errno
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+from lightning_smoe import __version__
+from lightning_smoe.data.text import TextDataModule
+from lightning_smoe.errors import InputError
+from lightning_smoe.experiment import Experiment
+from lightning_smoe.trainer import SMoETrainer
+
+# Verb -> method of the trainer, and whether it works on an experiment or looks at a folder.
+_VERBS = {
+    "calibrate": ("calibrate", True),
+    "plan": ("plan", True),
+    "compress": ("compress", True),
+    "fit": ("recover", True),
+    "evaluate": ("evaluate", True),
+    "inspect": ("inspect", False),
+    "generate": ("generate", False),
+}
+
+_TRAINER_DEFAULTS = {
+    "max_steps": 200,
+    "max_epochs": -1,
+    "gradient_clip_val": 1.0,
+    "val_check_interval": 50,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+# Lightning's advice where it is wrong here: all tokens are in memory, so loaders need no workers;
+# training and validation share a folder of checkpoints on purpose.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The `srun` command is available.*",
+    ".*in eval mode at the start of training.*",
+    ".*instantiate_classes.*",
+)
+
+
+class SMoEParser(LightningArgumentParser):
+    """A parser that guesses what a misspelt key was meant to be."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message with a guess, and exits with code 2."""
+        wrong = re.search(r"(?:option|arguments?:?|key) [\"'`]?-*([\w.]+)", message)
+        hint = self._closest(wrong.group(1)) if wrong else None
+        super().error(f"{message}\n  Did you mean {hint}?" if hint else message, ex)
+
+    def _closest(self, wrong: str) -> str | None:
+        known = [action.dest for action in self._actions if "." in action.dest]
+        near = difflib.get_close_matches(wrong, known, 1) or difflib.get_close_matches(
+            wrong.rsplit(".", maxsplit=1)[-1], [k.rsplit(".", maxsplit=1)[-1] for k in known], 1
+        )
+        if not near or near[0] == wrong:
+            return None
+        return next(k for k in known if k == near[0] or k.endswith(f".{near[0]}"))
+
+
+class SMoECLI(LightningCLI):
+    """LightningCLI with the verbs of `SMoETrainer` in the place of Lightning's."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser that guesses."""
+        parser = SMoEParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action="config", help="Experiment file in YAML; later options override it."
+        )
+        return parser
+
+    # Private in Lightning 2.6, which offers no other way to give verbs their own groups and names.
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        self._subcommand_parsers = {}
+        subcommands = parser.add_subcommands()
+        for verb, (method, on_experiment) in _VERBS.items():
+            doc = getattr(SMoETrainer, method).__doc__ or ""
+            line = doc.split("\n", maxsplit=1)[0]
+            # Without a usage of its own every error would print a page of it.
+            verb_parser = self.init_parser(description=line, usage="%(prog)s [options]")
+            self._subcommand_parsers[verb] = verb_parser
+            self._subcommand_method_arguments[verb] = self._add_verb(verb_parser, method, on_experiment)
+            subcommands.add_subcommand(verb, verb_parser, help=line)
+
+    def _add_verb(
+        self, parser: LightningArgumentParser, method: str, on_experiment: bool
+    ) -> list[str]:
+        self.add_default_arguments_to_parser(parser)
+        if on_experiment:
+            parser.add_lightning_class_args(SMoETrainer, "trainer")
+            parser.set_defaults({f"trainer.{k}": v for k, v in _TRAINER_DEFAULTS.items()})
+            parser.add_class_arguments(Experiment, "model")
+            parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"})
+        skip: set[str | int] = {"model", "datamodule"}
+        added: list[str] = parser.add_method_arguments(SMoETrainer, method, skip=skip)
+        return added
+
+    def _parse_ckpt_path(self) -> None:
+        """Keeps the experiment file's settings: a checkpoint's must not override them."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> SMoETrainer:
+        """Builds the trainer; only fit logs."""
+        verb = str(self.subcommand)
+        if not _VERBS[verb][1]:
+            return SMoETrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        settings = dict(self._get(self.config_init, "trainer"))
+        if verb != "fit":
+            settings["logger"] = False
+        elif settings["logger"] in (None, True):
+            name = Path(self._get(self.config_init, "model").output_dir).name
+            settings["logger"] = TensorBoardLogger("logs", name=name)
+        return SMoETrainer(**settings)
+
+    def instantiate_classes(self) -> None:
+        """Builds experiment, text and trainer."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        method, on_experiment = _VERBS[subcommand]
+        options = {k: self._get(self.config_init, k) for k in self._subcommand_method_arguments[subcommand]}
+        if not on_experiment:
+            getattr(self.trainer, method)(**options)
+            return
+        getattr(self.trainer, method)(model=self.model, datamodule=self.datamodule, **options)
+        if self.trainer.is_global_zero:
+            path = Path(self.model.output_dir) / "config.yaml"
+            config = self.config[subcommand]
+            self._parser(subcommand).save(config, path, overwrite=True, skip_none=False)
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs a verb.
+
+    Exits with code 2 and one message where what was asked for cannot be done.
+
+    Args:
+        args: Command line without the program's name; that of the process if none.
+    """
+    _set_up_screen()
+    with _exiting_on_bad_input():
+        SMoECLI(
+            trainer_class=SMoETrainer,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_kwargs={
+                "prog": "lightning_smoe",
+                "version": __version__,
+                "description": "Compresses mixture-of-experts language models.",
+            },
+            args=args,
+        )
+
+
+@contextmanager
+def _exiting_on_bad_input() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        _exit(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _exit(f"no space is left on the disk: {error}; free some, or name another model.output_dir")
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def _set_up_screen() -> None:
+    """Shows this project's progress, and of the libraries what a person can act on."""
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", pattern)
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    log = logging.getLogger("lightning_smoe")
+    if not log.handlers:
+        handler = RichHandler(show_time=False, show_level=False, show_path=False, markup=False)
+        handler.addFilter(lambda _: rank_zero_only.rank == 0)  # type: ignore[attr-defined]  # set by Lightning
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

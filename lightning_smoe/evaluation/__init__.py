@@ -1,0 +1,1 @@
+"""What was kept, on held-out text."""

@@ -1,0 +1,103 @@
+"""What a compressed model kept of the original, token by token on held-out text."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import math
+import torch
+from jaxtyping import Float64
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_smoe.functional.divergence import kl_divergence, token_nll
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality of a model on held-out text.
+
+    Args:
+        nll: Negative log-likelihood of each domain, in nats a token.
+        kl: KL(teacher || model) of each domain, in nats a token.
+        top1_agreement: Fraction of tokens where the likeliest next token is the teacher's.
+    """
+
+    nll: dict[str, float]
+    kl: dict[str, float]
+    top1_agreement: float
+    perplexity: float = field(init=False)
+    mean_kl: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        mean_nll = sum(self.nll.values()) / len(self.nll)
+        object.__setattr__(self, "perplexity", math.exp(mean_nll))
+        object.__setattr__(self, "mean_kl", sum(self.kl.values()) / len(self.kl))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the quality as it stands in report.json."""
+        domains = {name: math.exp(nll) for name, nll in self.nll.items()}
+        return {
+            "perplexity": {"mean": self.perplexity, "domains": domains},
+            "kl": {"mean": self.mean_kl, "domains": self.kl},
+            "top1_agreement": self.top1_agreement,
+        }
+
+
+class EvaluationModule(LightningModule):
+    """Compares a model with its teacher under the test loop.
+
+    Args:
+        model: The model to judge.
+        teacher: The original; the model itself when it is judged alone.
+        domains: Names of the domains, by number.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, teacher: PreTrainedModel, domains: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Not a sub-module: a model judged against itself would be there twice.
+        object.__setattr__(self, "_teacher", teacher)
+        self._domains = domains
+
+    def setup(self, stage: str) -> None:
+        """Moves the teacher to the device of the model."""
+        self._teacher.to(self.trainer.strategy.root_device)
+
+    def on_test_start(self) -> None:
+        """Makes empty sums: nats, KL, agreements and tokens of each domain."""
+        self._sums: Float64[Tensor, "4 domains"] = torch.zeros(
+            4, len(self._domains), dtype=torch.float64, device=self.device
+        )
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds up one batch: every position that has a next token counts."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        wanted = self._teacher(**inputs, use_cache=False).logits[:, :-1]
+        found = wanted
+        if self.model is not self._teacher:
+            found = self.model(**inputs, use_cache=False).logits[:, :-1]
+        real = batch["attention_mask"].bool() & batch["valid"][:, None]
+        real = real[:, 1:] & real[:, :-1]
+        values = torch.stack(
+            [
+                token_nll(found, batch["input_ids"][:, 1:]),
+                kl_divergence(wanted, found),
+                (wanted.argmax(-1) == found.argmax(-1)).float(),
+                torch.ones_like(real, dtype=torch.float32),
+            ]
+        )
+        by_sequence = torch.where(real, values.double(), 0.0).sum(-1)
+        self._sums.index_add_(1, batch["domain"], by_sequence)
+
+    def on_test_epoch_end(self) -> None:
+        """Adds up all processes."""
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
+        nll, kl, agreements, tokens = sums
+        self.quality = Quality(
+            dict(zip(self._domains, (nll / tokens).tolist(), strict=True)),
+            dict(zip(self._domains, (kl / tokens).tolist(), strict=True)),
+            (agreements.sum() / tokens.sum()).item(),
+        )

@@ -1,0 +1,133 @@
+"""The report: what compression cost and what it kept, beside plain baselines."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lightning_smoe.evaluation.perplexity import Quality
+from lightning_smoe.models.artifact import Manifest, write_json
+
+_SCHEMA = 1
+TEACHER = "original"
+
+
+def entry(
+    path: Path | None,
+    num_parameters: int,
+    num_bytes: int,
+    experts_per_layer: list[int],
+    quality: Quality,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """One model's part of report.json.
+
+    Args:
+        path: Folder of the checkpoint; none for a baseline that was judged in memory.
+        num_parameters: Parameters.
+        num_bytes: Size of the weights as stored, in bytes.
+        experts_per_layer: Routed experts of each mixture-of-experts layer.
+        quality: What it keeps.
+        seconds: Wall time of the steps that made it, by verb.
+    """
+    return {
+        "path": None if path is None else str(path),
+        "num_parameters": num_parameters,
+        "num_bytes": num_bytes,
+        "experts_per_layer": experts_per_layer,
+        **quality.to_json(),
+        "tasks": {},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def write_report(
+    folder: Path, teacher: dict[str, Any], models: dict[str, dict[str, Any]], manifest: Manifest
+) -> None:
+    """Writes report.md, then report.json.
+
+    Args:
+        folder: Where to write.
+        teacher: Entry of the original.
+        models: Entries of the others, by name.
+        manifest: What the report is made from.
+    """
+    stored = {"schema": _SCHEMA, "teacher": teacher, "models": models}
+    (folder / "report.md").write_text(to_markdown(teacher, models))
+    write_json(folder / "report.json", {**stored, "manifest": manifest.to_json()})
+
+
+def _rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Name, experts, parameters, size, perplexity, KL, KL relative to REAP, agreement."""
+    reap = models.get("prune-reap", {}).get("kl", {}).get("mean")
+    rows = []
+    for name, model in {TEACHER: teacher, **models}.items():
+        counts = sorted(set(model["experts_per_layer"]))
+        kl = model["kl"]["mean"]
+        rows.append(
+            [
+                name,
+                "-".join(str(c) for c in (counts if len(counts) < 2 else [counts[0], counts[-1]])),  # noqa: PLR2004 - a range has two ends
+                f"{model['num_parameters'] / 1e6:.2f} M",
+                f"{model['num_bytes'] / 1e6:.1f} MB",
+                f"{model['perplexity']['mean']:.2f}",
+                f"{kl:.4f}",
+                "" if not reap or name == TEACHER else f"{kl / reap:.2f}",
+                f"{model['top1_agreement']:.1%}",
+            ]
+        )
+    return rows
+
+
+_COLUMNS = ("model", "experts", "parameters", "weights", "perplexity", "KL", "KL / REAP", "same top-1")
+
+
+def to_table(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> Table:
+    """The report as a table for the screen."""
+    table = Table(title="what it cost and what it kept, on held-out text")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in _rows(teacher, models):
+        table.add_row(*row)
+    return table
+
+
+def to_markdown(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> str:
+    """The report as a page: the table, then KL by domain."""
+    domains = list(teacher["kl"]["domains"])
+    lines = [
+        "# Report",
+        "",
+        "Perplexity and KL(original || model), in nats a token, on held-out text; means over domains. "
+        "Baselines are plain pruning at the same number of experts, without refit or training.",
+        "",
+        *_markdown_table(_COLUMNS, _rows(teacher, models)),
+        "",
+        "## KL by domain",
+        "",
+        *_markdown_table(
+            ("model", *domains),
+            [[n, *(f"{m['kl']['domains'][d]:.4f}" for d in domains)] for n, m in models.items()],
+        ),
+        "",
+        "## Perplexity by domain",
+        "",
+        *_markdown_table(
+            ("model", *domains),
+            [
+                [n, *(f"{m['perplexity']['domains'][d]:.2f}" for d in domains)]
+                for n, m in {TEACHER: teacher, **models}.items()
+            ],
+        ),
+        "",
+        "## Seconds by step",
+        "",
+        *[f"* {n}: " + ", ".join(f"{s} {t}" for s, t in m["seconds"].items()) for n, m in models.items() if m["seconds"]],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    head = "| " + " | ".join(columns) + " |"
+    rule = "| --- |" + " ---: |" * (len(columns) - 1)
+    return [head, rule, *("| " + " | ".join(row) + " |" for row in rows)]

@@ -1,0 +1,220 @@
+"""One experiment: what a person asks for, checked against what is there, and where results go."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_smoe.calibration.statistics import read_header
+from lightning_smoe.compression.plan import CompressionPlan
+from lightning_smoe.compression.planner import experts_to_keep, select_layers
+from lightning_smoe.compression.recipe import Prune, Recipe
+from lightning_smoe.compression.strategy import to_spec
+from lightning_smoe.data.text import TextDataModule
+from lightning_smoe.errors import InputError
+from lightning_smoe.models.artifact import Manifest, sha256_of, sha256_of_file
+from lightning_smoe.models.checkpoint import outline
+from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
+from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.training.recovery import Recovery
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to compress, how, and where to write.
+
+    Args:
+        checkpoint: The original: a Hugging Face checkpoint folder with safetensors weights, or
+            organisation/name on the hub.
+        output_dir: Folder for all results: statistics.safetensors, plan.json, compressed/,
+            recovered/, report.json and report.md.
+        keep: Routed experts that each layer keeps: a fraction in (0, 1], or a whole number; at least
+            what the router selects.
+        layers: Decoder layers to change, counted from 0, or all. Counts then differ between layers,
+            and the result loads with lightning_smoe.models.checkpoint.load only.
+        recipe: How experts are chosen and what becomes of the others.
+        recovery: How the compressed model is trained against the original by fit.
+        baselines: Whether the report shows plain frequency and REAP pruning at the same number of
+            experts beside the results.
+        dtype: Type of the weights while they are worked on; results have the original's type.
+        overwrite: Run steps again whose results are there, and replace results of other runs.
+    """
+
+    checkpoint: str
+    output_dir: Path
+    keep: int | float = 0.5
+    layers: Literal["all"] | list[int] = "all"
+    recipe: Recipe = Prune()
+    recovery: Recovery = Recovery()
+    baselines: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    overwrite: bool = False
+
+
+class Workspace:
+    """An experiment whose inputs were checked, with the places and origins of its results.
+
+    Args:
+        experiment: What is asked for.
+        data: The text.
+
+    Raises:
+        InputError: The checkpoint, `keep` or `layers` cannot be used; nothing was written.
+    """
+
+    def __init__(self, experiment: Experiment, data: TextDataModule) -> None:
+        self.experiment = experiment
+        self.data = data
+        self.source: CheckpointFolder = open_checkpoint(experiment.checkpoint)
+        data.tokenizer = self.source.path
+        self.layers: list[MoELayer] = find_moe_layers(outline(self.source))
+        self.chosen = select_layers(self.layers, experiment.layers)
+        for layer in self.chosen:
+            experts_to_keep(experiment.keep, layer)
+        self.folder = Path(experiment.output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"model.output_dir={self.folder} is a file; name a folder")
+        self._refuse_to_write_into_the_original()
+
+    def _refuse_to_write_into_the_original(self) -> None:
+        source, target = self.source.path.resolve(), self.folder.resolve()
+        if source == target or source in target.parents:
+            raise InputError(
+                f"model.output_dir={self.folder} lies in the original checkpoint; name another folder"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights in memory."""
+        return DTYPES[self.experiment.dtype]
+
+    @property
+    def statistics_path(self) -> Path:
+        """What calibrate writes."""
+        return self.folder / "statistics.safetensors"
+
+    @property
+    def plan_path(self) -> Path:
+        """What plan writes, or a person wrote."""
+        return self.folder / "plan.json"
+
+    @property
+    def compressed_path(self) -> Path:
+        """What compress writes."""
+        return self.folder / "compressed"
+
+    @property
+    def recovered_path(self) -> Path:
+        """What fit writes."""
+        return self.folder / "recovered"
+
+    @property
+    def training_path(self) -> Path:
+        """Where fit keeps checkpoints."""
+        return self.folder / "training"
+
+    @property
+    def report_path(self) -> Path:
+        """What evaluate writes, beside report.md."""
+        return self.folder / "report.json"
+
+    @cached_property
+    def statistics_manifest(self) -> Manifest:
+        """What the statistics are made from; richer ones that are there will do."""
+        inputs = {
+            "checkpoint": self.source.fingerprint,
+            "calibration text": self.data.fingerprint("calib"),
+            "dtype": self.experiment.dtype,
+        }
+        needed = self.experiment.recipe.needs_all_experts
+        found = self.found_statistics()
+        richer = Manifest("calibrate", {**inputs, "all_experts": True})
+        if not needed and found is not None and found.digest == richer.digest:
+            return richer
+        return Manifest("calibrate", {**inputs, "all_experts": needed})
+
+    def found_statistics(self) -> Manifest | None:
+        """What the statistics that are there were made from."""
+        if not self.statistics_path.exists():
+            return None
+        return Manifest.from_json(json.loads(read_header(self.statistics_path)["manifest"]))
+
+    @property
+    def plan_manifest(self) -> Manifest:
+        """What the plan is made from."""
+        inputs = {
+            "statistics": self.statistics_manifest.digest,
+            "recipe": to_spec(self.experiment.recipe),
+            "keep": self.experiment.keep,
+            "layers": self.experiment.layers,
+        }
+        return Manifest("plan", inputs)
+
+    def read_plan(self) -> CompressionPlan:
+        """Reads and checks the plan that is there."""
+        plan = CompressionPlan.load(self.plan_path)
+        plan.check(self.layers, self.source.fingerprint)
+        return plan
+
+    def compressed_manifest(self, plan: CompressionPlan) -> Manifest:
+        """What the compressed model is made from."""
+        beside = self.plan_path.with_suffix(".safetensors")
+        stored = json.loads(self.plan_path.read_text())
+        inputs = {
+            "checkpoint": self.source.fingerprint,
+            "plan": sha256_of({k: v for k, v in stored.items() if k != "manifest"}),
+            "plan weights": sha256_of_file(beside) if beside.exists() else "",
+            "dtype": self.experiment.dtype,
+        }
+        if plan.reads_tokens:
+            inputs["calibration text"] = self.data.fingerprint("calib")
+        return Manifest("compress", inputs)
+
+    def recovered_manifest(self, trainer_settings: dict[str, Any]) -> Manifest:
+        """What the recovered model is made from.
+
+        Args:
+            trainer_settings: Settings of the loop that decide the result.
+        """
+        compressed = found_manifest(self.compressed_path)
+        inputs = {
+            "compressed": "" if compressed is None else compressed.digest,
+            "recovery": asdict(self.experiment.recovery),
+            "training text": self.data.fingerprint("train"),
+            "validation text": self.data.fingerprint("valid"),
+            "batch_size": self.data.batch_size,
+            "order": self.data.seed,
+            "dtype": self.experiment.dtype,
+            "trainer": trainer_settings,
+        }
+        return Manifest("fit", inputs)
+
+    def report_manifest(self, folders: dict[str, Path]) -> Manifest:
+        """What the report is made from."""
+        inputs = {
+            "models": {name: open_checkpoint(path).fingerprint for name, path in folders.items()},
+            "test text": self.data.fingerprint("test"),
+            "baselines": self.plan_manifest.digest if self.experiment.baselines else "",
+            "dtype": self.experiment.dtype,
+        }
+        return Manifest("evaluate", inputs)
+
+    def check_text(self, splits: Sequence[str]) -> None:
+        """Checks the text of the named splits before work is spent.
+
+        Raises:
+            InputError: It is missing, empty or not readable, or has other domains than asked for.
+        """
+        self.data.check(splits)
+
+
+def found_manifest(folder: Path) -> Manifest | None:
+    """What a checkpoint folder that is there was made from; none if it is not ours."""
+    manifest = CheckpointFolder(folder).manifest.get("manifest")
+    return Manifest.from_json(manifest)

@@ -1,0 +1,49 @@
+"""The weights of a layer's experts in one layout, whatever the checkpoint's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """Weights of the experts of one layer: `down(act(gate x) * up x)`, or `down(act(up x))`.
+
+    Args:
+        up_proj: Input matrices.
+        down_proj: Output matrices.
+        gate_proj: Gating matrices; none where the experts are not gated.
+        gate_bias: Bias added to the gate, where the family has one.
+        up_bias: Bias added to `up_proj x`, where the family has one.
+        down_bias: Bias added to the output, where the family has one.
+    """
+
+    up_proj: Float[Tensor, "experts intermediate hidden"]
+    down_proj: Float[Tensor, "experts hidden intermediate"]
+    gate_proj: Float[Tensor, "experts intermediate hidden"] | None = None
+    gate_bias: Float[Tensor, "experts intermediate"] | None = None
+    up_bias: Float[Tensor, "experts intermediate"] | None = None
+    down_bias: Float[Tensor, "experts hidden"] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ExpertWeights":
+        """Applies one change to every tensor that is there (experts on the first axis)."""
+        present: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ExpertWeights(**{k: None if t is None else change(t) for k, t in present.items()})
+
+    def select(self, experts: Int[Tensor, " members"]) -> "ExpertWeights":
+        """Takes the named experts, in that order."""
+        return self.map(lambda tensor: tensor[experts])
+
+    def with_down(self, down_proj: Float[Tensor, "experts hidden intermediate"]) -> "ExpertWeights":
+        """Takes other output matrices."""
+        return replace(self, down_proj=down_proj)
+
+    @staticmethod
+    def stack(parts: Sequence["ExpertWeights"]) -> "ExpertWeights":
+        """Puts the experts of several into one, in order."""
+        present = [f.name for f in fields(parts[0]) if getattr(parts[0], f.name) is not None]
+        return ExpertWeights(**{k: torch.cat([getattr(p, k) for p in parts]) for k in present})

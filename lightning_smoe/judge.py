@@ -1,0 +1,126 @@
+"""The evaluate step: every model on the same held-out text, beside plain baselines."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from lightning_smoe.calibration.statistics import Statistics
+from lightning_smoe.compression.apply import apply_plan
+from lightning_smoe.compression.planner import make_plan
+from lightning_smoe.compression.recipe import Prune
+from lightning_smoe.errors import InputError
+from lightning_smoe.evaluation.perplexity import EvaluationModule
+from lightning_smoe.evaluation.report import entry, to_table, write_report
+from lightning_smoe.experiment import Workspace
+from lightning_smoe.functional.saliency import Frequency, Reap
+from lightning_smoe.models.artifact import Manifest, is_current
+from lightning_smoe.models.checkpoint import load, stored_bytes
+from lightning_smoe.models.folder import open_checkpoint
+from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.pipeline import read_seconds
+
+logger = logging.getLogger(__name__)
+
+_BASELINES = {"prune-frequency": Frequency(), "prune-reap": Reap()}
+_STEPS_OF = {"compressed": ("calibrate", "plan", "compress"), "recovered": ("fit",)}
+
+
+def evaluate(trainer: Trainer, work: Workspace, others: list[Path]) -> None:
+    """Writes report.json and report.md, and shows the table.
+
+    Args:
+        trainer: Runs the test loop.
+        work: The experiment.
+        others: Further checkpoint folders to judge, named by their last part.
+    """
+    folders = _folders(work, others)
+    wanted = work.report_manifest(folders)
+    found = _read(work.report_path)
+    manifest = Manifest.from_json(found.get("manifest"))
+    # A report of this experiment that lacks a model is out of date, not another run's result.
+    if manifest is not None and manifest.digest != wanted.digest:
+        manifest = None
+    if manifest is None or work.experiment.overwrite:
+        teacher, models = _judge_all(trainer, work, folders)
+        if trainer.is_global_zero:
+            write_report(work.folder, teacher, models, wanted)
+        found = {"teacher": teacher, "models": models}
+    else:
+        logger.info("evaluate: %s is there already, made from the same inputs", work.report_path)
+    if trainer.is_global_zero:
+        _show(work, found, folders)
+
+
+def _folders(work: Workspace, others: list[Path]) -> dict[str, Path]:
+    own = {"compressed": work.compressed_path, "recovered": work.recovered_path}
+    folders = {name: path for name, path in own.items() if path.exists()}
+    for path in others:
+        if path.name in (*folders, *_BASELINES):
+            raise InputError(f"--others: two models would be named {path.name}; rename the folder")
+        folders[path.name] = open_checkpoint(path).path
+    return folders
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _judge_all(
+    trainer: Trainer, work: Workspace, folders: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    teacher = load(work.source.path, work.dtype)
+    seconds = read_seconds(work)
+    original = _judge(trainer, work, teacher, teacher, work.source.path, {})
+    models = {}
+    for name, path in folders.items():
+        took = {step: seconds[step] for step in _STEPS_OF.get(name, ()) if step in seconds}
+        models[name] = _judge(trainer, work, load(path, work.dtype), teacher, path, took)
+    if work.experiment.baselines and work.statistics_path.exists():
+        models |= _judge_baselines(trainer, work, teacher)
+    return original, models
+
+
+def _judge_baselines(
+    trainer: Trainer, work: Workspace, teacher: PreTrainedModel
+) -> dict[str, dict[str, Any]]:
+    """Plain pruning, at the number of experts that the plan keeps in each layer."""
+    statistics = Statistics.load(work.statistics_path)
+    plans = work.read_plan().by_name()
+    layers = [layer for layer in work.layers if layer.name in plans]
+    counts = {name: len(plan.groups) for name, plan in plans.items()}
+    models = {}
+    for name, saliency in _BASELINES.items():
+        model = load(work.source.path, work.dtype)
+        apply_plan(model, make_plan(statistics, layers, Prune(saliency, None), counts))
+        models[name] = _judge(trainer, work, model, teacher, None, {})
+    return models
+
+
+def _judge(
+    trainer: Trainer, work: Workspace, model: PreTrainedModel, teacher: PreTrainedModel,
+    path: Path | None, seconds: dict[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    module = EvaluationModule(model, teacher, work.data.domains_of("test"))
+    trainer.test(module, datamodule=work.data, verbose=False)
+    size = stored_bytes(model, work.source) if path is None else open_checkpoint(path).num_bytes
+    counts = [layer.num_experts for layer in find_moe_layers(model)]
+    parameters = sum(p.numel() for p in model.parameters())
+    return entry(path, parameters, size, counts, module.quality, seconds)
+
+
+def _show(work: Workspace, report: dict[str, Any], folders: dict[str, Path]) -> None:
+    console = Console()
+    console.print(to_table(report["teacher"], report["models"]))
+    best = "recovered" if "recovered" in folders else "compressed"
+    if best in folders:
+        loader = "AutoModelForCausalLM.from_pretrained"
+        if open_checkpoint(folders[best]).experts_per_layer:
+            loader = "lightning_smoe.models.checkpoint.load"
+        console.print(f"The {best} model: {loader}({str(folders[best])!r})", soft_wrap=True)
+    console.print(f"Report: {work.folder / 'report.md'}", soft_wrap=True)

@@ -1,0 +1,87 @@
+"""The model card that goes with a compressed checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from lightning_smoe.models.artifact import Manifest
+from lightning_smoe.models.folder import CheckpointFolder
+
+_KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
+
+
+def model_card(
+    title: str, source: CheckpointFolder, before: Mapping[str, int], after: Mapping[str, int],
+    steps: Sequence[str], manifest: Manifest,
+) -> str:  # fmt: skip
+    """Writes what a checkpoint is, what made it, and how it loads.
+
+    Args:
+        title: First heading.
+        source: The original; the licence on its card is kept.
+        before: Routed experts of each layer in the original.
+        after: Routed experts of each layer now.
+        steps: What was done, a sentence each.
+        manifest: What made it.
+    """
+    uneven = len(set(after.values())) > 1
+    counts = [f"* {name}: {before[name]} -> {after[name]} experts" for name in after]
+    if len(set(before.values())) == 1 and not uneven:
+        old, new = next(iter(before.values())), next(iter(after.values()))
+        counts = [f"Every mixture-of-experts layer has {new} routed experts where the original has {old}."]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(_front_matter(source), sort_keys=True, allow_unicode=True).strip(),
+            "---",
+            f"# {title}",
+            "",
+            f"A mixture-of-experts language model compressed from `{source.path.name}`.",
+            "",
+            *counts,
+            "",
+            *(f"* {step}" for step in steps),
+            "",
+            "## Loading",
+            "",
+            *(_LOAD_UNEVEN if uneven else _LOAD_STOCK),
+            "",
+            "## Made by",
+            "",
+            *(f"* {name} {version}" for name, version in manifest.versions.items()),
+            "",
+        ]
+    )
+
+
+_LOAD_STOCK = (
+    "```python",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    "model = AutoModelForCausalLM.from_pretrained(folder)",
+    "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    "```",
+)
+
+_LOAD_UNEVEN = (
+    "The layers have different numbers of experts, which the configuration of stock transformers "
+    "cannot say. The folder loads with this project only:",
+    "",
+    "```python",
+    "from lightning_smoe.models.checkpoint import load",
+    "",
+    "model = load(folder)",
+    "```",
+)
+
+
+def _front_matter(source: CheckpointFolder) -> dict[str, Any]:
+    """The fields of the original's card that hold for the compressed model too."""
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    card = source.path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    if text.startswith("---\n"):
+        original = yaml.safe_load(text.split("---\n")[1]) or {}
+        fields |= {k: v for k, v in original.items() if k in _KEPT_FIELDS}
+    return fields | {"base_model": source.path.name}

@@ -1,0 +1,206 @@
+"""Loading a checkpoint, saving one that stock transformers loads, and proving that it does."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lightning_smoe.errors import InputError
+from lightning_smoe.models.artifact import Manifest, replacing, require_space
+from lightning_smoe.models.folder import MANIFEST, CheckpointFolder, open_checkpoint
+from lightning_smoe.models.layer import find_moe_layers, patch_expert_count
+
+logger = logging.getLogger(__name__)
+
+_TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SHARD_SIZE = "5GB"
+_VERIFY_TOKENS = 32
+_ALIGNMENT = 64  # bytes, as torch allocates
+
+
+def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Loads a causal language model for use, in evaluation mode, on the CPU.
+
+    Folders that this project wrote with another expert count in each layer load too.
+
+    Args:
+        checkpoint: Folder, or name on the Hugging Face hub.
+        dtype: Type of the weights in memory.
+
+    Raises:
+        InputError: The folder is missing, damaged, or lacks tensors that its configuration needs.
+    """
+    folder = open_checkpoint(checkpoint)
+    config = AutoConfig.from_pretrained(folder.path)
+    model_class = _sized(_causal_lm_class(config, folder.path), folder.experts_per_layer)
+    try:
+        model, report = model_class.from_pretrained(
+            folder.path, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{folder.path} cannot be loaded: {error}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))
+        raise InputError(
+            f"{folder.path} lacks {len(lost)} tensors that its config.json needs, such as {lost[0]}; "
+            "copy the checkpoint again"
+        )
+    if report["unexpected_keys"]:
+        extra = sorted(map(str, report["unexpected_keys"]))
+        logger.warning("%s: %d tensors are not used, such as %s", folder.path, len(extra), extra[0])
+    _align(model)
+    return model.eval()
+
+
+def _align(model: nn.Module) -> None:
+    """Moves weights to where torch would have put them.
+
+    Where a tensor lies in its file decides which kernel multiplies it, and so the last bits of the
+    product: without this, equal weights from two files give logits that differ by 1e-7.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+
+
+def outline(folder: CheckpointFolder) -> PreTrainedModel:
+    """Builds the model of a folder without any weight (on the meta device), to count and inspect."""
+    config = AutoConfig.from_pretrained(folder.path)
+    model_class = _sized(_causal_lm_class(config, folder.path), folder.experts_per_layer)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class._from_config(config)
+    return model
+
+
+def _causal_lm_class(config: Any, path: Path) -> type[PreTrainedModel]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{path} is no causal language model: its model_type is {config.model_type}")
+    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found
+
+
+def _sized(model_class: type[PreTrainedModel], counts: Mapping[int, int]) -> type[PreTrainedModel]:
+    """Subclasses a model so that it is built with its own number of experts in some layers."""
+    if not counts:
+        return model_class
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        resize_layers(self, counts)
+
+    # Its name and module stay the stock class's: transformers finds the layout of the files by them.
+    body = {"__init__": __init__, "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), body)
+
+
+def resize_layers(model: nn.Module, counts: Mapping[int, int]) -> None:
+    """Cuts the named decoder layers down to their first experts, as places for weights to come."""
+    for layer in find_moe_layers(model):
+        if layer.index in counts:
+            layer.select(torch.arange(counts[layer.index], device=layer.experts.down_proj.device))
+
+
+def save(
+    model: PreTrainedModel, source: CheckpointFolder, target: Path, manifest: Manifest, card: str
+) -> None:
+    """Writes a compressed model beside the files of its original, and proves that it reloads.
+
+    The weights of `model` are rounded in place to the type in which they are stored. The folder
+    appears only after it was reloaded and gave the same logits bit for bit.
+
+    Args:
+        model: The model, in memory.
+        source: Folder of the original: its config.json is copied but for the number of experts, its
+            tokenizer and generation settings byte for byte.
+        target: Folder to write.
+        manifest: What made it.
+        card: Text of the model card.
+
+    Raises:
+        OSError: No space is left on the disk; nothing is written.
+        InputError: The reloaded folder does not give the model's logits.
+    """
+    counts = {layer.index: layer.num_experts for layer in find_moe_layers(model)}
+    config, uneven = _counted_config(source, counts)
+    state = _round_in_place(model, source)
+    require_space(target, sum(t.numel() * t.element_size() for t in state.values()))
+    with replacing(target) as partial:
+        model.save_pretrained(partial, state_dict=state, max_shard_size=_SHARD_SIZE)
+        for file in partial.glob("*.json"):
+            if file.name != "model.safetensors.index.json":
+                file.unlink()
+        for file in source.other_files:
+            shutil.copyfile(file, partial / file.name)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        (partial / "README.md").write_text(card)
+        stored = {"schema": 1, "experts_per_layer": uneven, "manifest": manifest.to_json()}
+        (partial / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
+        verify(partial, model)
+
+
+def _counted_config(
+    source: CheckpointFolder, counts: dict[int, int]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The configuration for these counts, and the layers whose count it cannot say."""
+    original = {layer.index: layer.num_experts for layer in find_moe_layers(outline(source))}
+    if len(set(counts.values())) == 1 == len(set(original.values())):
+        old, new = next(iter(original.values())), next(iter(counts.values()))
+        config = source.config if old == new else patch_expert_count(source.config, old, new)
+        return config, {}
+    return source.config, {str(index): count for index, count in counts.items()}
+
+
+@torch.no_grad()
+def _round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> dict[str, torch.Tensor]:
+    """Rounds every weight to the type it has in the source, and returns the state to store."""
+    common = _common_type(source)
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            stored = source.tensors.get(key, {}).get("dtype", common)
+            rounded = tensor.to(_TORCH_TYPES.get(stored, tensor.dtype))
+            tensor.copy_(rounded)
+            state[key] = rounded
+        else:
+            state[key] = tensor
+    return state
+
+
+def _common_type(source: CheckpointFolder) -> str:
+    """The floating-point type that most tensors of a folder have."""
+    found = [entry["dtype"] for entry in source.tensors.values()]
+    return max(_TORCH_TYPES, key=found.count)
+
+
+def stored_bytes(model: nn.Module, source: CheckpointFolder) -> int:
+    """Size that a model's weights will have on disk, in bytes, in the type of its original."""
+    size = torch.finfo(_TORCH_TYPES[_common_type(source)]).bits // 8
+    return sum(parameter.numel() * size for parameter in model.parameters())
+
+
+@torch.no_grad()
+def verify(folder: Path, model: PreTrainedModel) -> None:
+    """Reloads a folder and compares its logits with those of the model in memory.
+
+    Raises:
+        InputError: They differ in a single bit, or a tensor is missing.
+    """
+    device = next(model.parameters()).device
+    reloaded = load(folder, next(model.parameters()).dtype).to(device)
+    size = min(model.get_input_embeddings().num_embeddings, 1 << 15)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(size, (1, _VERIFY_TOKENS), generator=generator).to(device)
+    expected, found = model(tokens).logits, reloaded(tokens).logits
+    if not torch.equal(expected, found):
+        difference = (expected - found).abs().max().item()
+        raise InputError(
+            f"{folder} does not give the model's logits when reloaded (they differ by {difference:.1e}); "
+            "please report this with the family of the model"
+        )

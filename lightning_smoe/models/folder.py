@@ -1,0 +1,154 @@
+"""A checkpoint folder as it lies on disk, read without loading a weight."""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning_smoe.errors import InputError
+from lightning_smoe.models.artifact import sha256_of, sha256_of_file
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$")
+_REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "smoe.json")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+MANIFEST = "smoe.json"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A Hugging Face checkpoint folder with safetensors weights, checked to be whole.
+
+    Args:
+        path: The folder.
+    """
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return _read_json(self.path / "config.json")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The content of smoe.json; empty for a folder that this project did not write."""
+        path = self.path / MANIFEST
+        return _read_json(path) if path.exists() else {}
+
+    @property
+    def experts_per_layer(self) -> dict[int, int]:
+        """Routed experts of those decoder layers whose count differs from config.json's."""
+        return {int(k): int(v) for k, v in self.manifest.get("experts_per_layer", {}).items()}
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The files that hold the weights."""
+        if (self.path / _SINGLE).exists():
+            return [self.path / _SINGLE]
+        names = set(_read_json(self.path / _INDEX)["weight_map"].values())
+        return [self.path / name for name in sorted(names)]
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Type, shape and place of every tensor, by key."""
+        return {k: v for shard in self.shards for k, v in _header(shard).items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files, in bytes."""
+        return sum(shard.stat().st_size for shard in self.shards)
+
+    @property
+    def other_files(self) -> list[Path]:
+        """Tokenizer, generation settings and whatever else lies beside the weights."""
+        there = sorted(p for p in self.path.iterdir() if p.is_file() and p.name[0] != ".")
+        return [p for p in there if p.name not in _REWRITTEN and not _WEIGHTS.match(p.name)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the configuration and of every byte of the weights."""
+        return sha256_of([self.config, *(sha256_of_file(shard) for shard in self.shards)])
+
+
+def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
+    """Finds a checkpoint folder, or fetches it from the Hugging Face hub, and checks that it is whole.
+
+    Args:
+        checkpoint: A folder, or `organisation/name` on the hub (fetched into the usual cache; this
+            could not be tried where the project is built, which has no network).
+
+    Raises:
+        InputError: There is no such folder, or its files are missing, truncated or not supported.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.exists() and _HUB_NAME.fullmatch(str(checkpoint)):
+        path = _fetch(str(checkpoint))
+    if not path.is_dir():
+        raise InputError(
+            f"there is no checkpoint folder {checkpoint}; name a folder with config.json and "
+            "safetensors weights, or organisation/name on the Hugging Face hub"
+        )
+    folder = CheckpointFolder(path)
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} is not a checkpoint: it has no config.json")
+    if not (path / _SINGLE).exists() and not (path / _INDEX).exists():
+        raise InputError(
+            f"{path} has no {_SINGLE} and no {_INDEX}; only safetensors weights are read: "
+            "save the model once with transformers' save_pretrained"
+        )
+    if "quantization_config" in folder.config:
+        raise InputError(f"{path} is quantised; compress the original weights, then quantise again")
+    for shard in folder.shards:
+        _check_whole(shard)
+    return folder
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise InputError(
+            f"there is no folder {name}, and the Hugging Face hub did not give {name}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); copy the file again") from error
+    return value
+
+
+def _header(shard: Path) -> dict[str, dict[str, Any]]:
+    with shard.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    return {k: v for k, v in header.items() if k != "__metadata__"}
+
+
+def _check_whole(shard: Path) -> None:
+    if not shard.exists():
+        raise InputError(f"{shard} is named in {_INDEX} but is not there; copy the checkpoint again")
+    try:
+        header = _header(shard)
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+        ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
+    except (struct.error, ValueError, KeyError, MemoryError, OverflowError) as error:
+        raise InputError(f"{shard} is not a safetensors file ({error}); copy it again") from error
+    expected, found = 8 + length + max(ends, default=0), shard.stat().st_size
+    if expected != found:
+        raise InputError(
+            f"{shard} is truncated or damaged: it has {found} bytes where its header says {expected}; "
+            "copy it again"
+        )

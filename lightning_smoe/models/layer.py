@@ -1,0 +1,335 @@
+"""One typed view on every mixture-of-experts block of transformers: the only file that knows its names."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightning_smoe.errors import InputError
+from lightning_smoe.functional.experts import ExpertWeights
+
+_ROUTER_CHILDREN = ("gate", "router")
+_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
+_EXPERT_TENSORS = (
+    "gate_up_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj_bias",
+    "up_proj_bias",
+    "down_proj_bias",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class RouterTensor:
+    """One tensor of a router that has an expert axis.
+
+    Args:
+        owner: Module that holds it.
+        attribute: Its name there.
+        axis: Which axis counts experts.
+        kind: `weight` maps hidden states to logits, `bias` is added to the logits, `selection` is
+            added only where experts are chosen (or scales them), as in DeepSeek-V3.
+    """
+
+    owner: nn.Module
+    attribute: str
+    axis: int
+    kind: Literal["weight", "bias", "selection"]
+
+    @property
+    def rows(self) -> Float[Tensor, "experts ..."]:
+        """The tensor with its expert axis first."""
+        tensor: Tensor = getattr(self.owner, self.attribute)
+        return tensor.movedim(self.axis, 0)
+
+    def set(self, rows: Tensor) -> None:
+        """Puts other rows in its place, in the type it had."""
+        _assign(self.owner, self.attribute, rows.movedim(0, self.axis))
+
+
+class MoELayer:
+    """A mixture-of-experts block: a router beside experts, in whatever memory layout.
+
+    Args:
+        name: Path of the block in its model, such as `model.layers.3.mlp`.
+        block: The module that holds router and experts.
+
+    Raises:
+        InputError: The block has experts but is not built as this class understands.
+    """
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        children = dict(block.named_children())
+        self.name = name
+        self.block = block
+        self.experts: Any = children["experts"]
+        self.router: Any = next((children[k] for k in _ROUTER_CHILDREN if k in children), None)
+        self._refuse_unknown_layout()
+        self.router_tensors = list(self._find_router_tensors())
+        self._refuse_unknown_router()
+
+    @property
+    def index(self) -> int:
+        """Number of the decoder layer that the block belongs to, counted from zero."""
+        return decoder_layer_of(self.name)[1]
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts, without shared ones."""
+        return int(self.experts.down_proj.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """Experts that the router selects for a token."""
+        return int(next(m.top_k for m in (self.router, self.block) if hasattr(m, "top_k")))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an expert's output."""
+        return int(self.experts.down_proj.shape[2 if self.experts.is_transposed else 1])
+
+    @property
+    def intermediate_size(self) -> int:
+        """Neurons of an expert."""
+        return int(self.experts.down_proj.shape[1 if self.experts.is_transposed else 2])
+
+    @property
+    def num_router_groups(self) -> int:
+        """Equal contiguous groups of experts among which the router first chooses (1 = none)."""
+        names = ("n_group", "num_group")
+        return max(int(getattr(self.router, n, None) or 1) for n in names)
+
+    @property
+    def min_experts_per_router_group(self) -> int:
+        """Experts that a router group must keep: DeepSeek-V3 scores a group by its two best."""
+        return 2 if self.num_router_groups > 1 else 1
+
+    @property
+    def shared_expert(self) -> tuple[nn.Linear, nn.Module | None] | None:
+        """The shared expert's output matrix and the module whose sigmoid scales it, if any."""
+        for name, child in self.block.named_children():
+            down_proj = getattr(child, "down_proj", None)
+            if name.startswith("shared") and isinstance(down_proj, nn.Linear):
+                return down_proj, getattr(self.block, f"{name}_gate", None)
+        return None
+
+    def parameters_of(self, part: Literal["router", "experts", "shared"]) -> list[nn.Parameter]:
+        """Parameters of one part of the block; `shared` counts the shared expert and its gate."""
+        if part == "router":
+            return list(self.router.parameters())
+        if part == "experts":
+            return list(self.experts.parameters())
+        children = self.block.named_children()
+        return [p for n, c in children if n.startswith("shared") for p in c.parameters()]
+
+    def weights(self) -> ExpertWeights:
+        """The experts' weights in one layout: gate apart from up, outputs on the second axis."""
+        experts = self.experts
+
+        def stored(name: str) -> Tensor | None:
+            tensor: Tensor | None = getattr(experts, name, None)
+            if tensor is None or not experts.is_transposed or tensor.dim() == 2:
+                return tensor
+            return tensor.transpose(1, 2)
+
+        up = stored("gate_up_proj" if experts.has_gate else "up_proj")
+        up_bias = stored("gate_up_proj_bias" if experts.has_gate else "up_proj_bias")
+        down = stored("down_proj")
+        if up is None or down is None:
+            raise InputError(f"{self.name}: the experts have no up or down projection")
+        gate = gate_bias = None
+        if experts.has_gate:
+            gate, up = self._split(up)
+            gate_bias, up_bias = (None, None) if up_bias is None else self._split(up_bias)
+        return ExpertWeights(up, down, gate, gate_bias, up_bias, stored("down_proj_bias"))
+
+    def _split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        if self.experts.is_concatenated:
+            gate, up = gate_up.chunk(2, dim=1)
+            return gate, up
+        return gate_up[:, ::2], gate_up[:, 1::2]
+
+    def _join(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.experts.is_concatenated:
+            return torch.cat([gate, up], dim=1)
+        return torch.stack([gate, up], dim=2).flatten(1, 2)
+
+    @torch.no_grad()
+    def replace(
+        self, weights: ExpertWeights, router_rows: Callable[[RouterTensor], Tensor]
+    ) -> None:
+        """Puts other experts in the block's place, and other router rows, in place.
+
+        Args:
+            weights: The new experts; their number may differ from the old one.
+            router_rows: The rows (new experts first) of each tensor of the router.
+        """
+        rows = [(tensor, router_rows(tensor)) for tensor in self.router_tensors]
+        old_count = self.num_experts
+        experts = self.experts
+
+        def store(name: str, tensor: Tensor) -> None:
+            flip = experts.is_transposed and tensor.dim() > 2  # noqa: PLR2004 - biases have two axes
+            _assign(experts, name, tensor.transpose(1, 2) if flip else tensor)
+
+        prefix = "up"
+        up, up_bias = weights.up_proj, weights.up_bias
+        if weights.gate_proj is not None:
+            prefix, up = "gate_up", self._join(weights.gate_proj, weights.up_proj)
+        if weights.gate_bias is not None and weights.up_bias is not None:
+            up_bias = self._join(weights.gate_bias, weights.up_bias)
+        store(f"{prefix}_proj", up)
+        store("down_proj", weights.down_proj)
+        if up_bias is not None:
+            store(f"{prefix}_proj_bias", up_bias)
+        if weights.down_bias is not None:
+            store("down_proj_bias", weights.down_bias)
+        for tensor, values in rows:
+            tensor.set(values)
+        for module in (self.block, *self.router.modules(), self.experts):
+            for attribute in _COUNT_ATTRIBUTES:
+                if module.__dict__.get(attribute) == old_count:
+                    module.__dict__[attribute] = self.num_experts
+
+    def select(self, experts: Int[Tensor, " groups"]) -> None:
+        """Keeps the named experts, in that order, with their router rows, in place."""
+        self.replace(self.weights().select(experts), lambda tensor: tensor.rows[experts])
+
+    def router_logits(self, output: Any) -> Float[Tensor, "tokens experts"]:
+        """Finds the raw logits in what the router returned."""
+        # transformers < 5.21 differs between families in the order: the logits have one column an expert.
+        found = output if isinstance(output, tuple) else (output,)
+        logits: Tensor = next(
+            t for t in found if t.is_floating_point() and t.shape[-1] == self.num_experts
+        )
+        return logits.reshape(-1, self.num_experts)
+
+    def expert_outputs(
+        self, states: Float[Tensor, "tokens hidden"], expert: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Output of one named expert for each row, before any routing weight."""
+        ones = torch.ones(len(states), 1, dtype=states.dtype, device=states.device)
+        # The class's forward: a hook on the module must not fire again inside itself.
+        outputs: Tensor = self.experts.forward(states, expert[:, None], ones)
+        return outputs
+
+    def activations(
+        self, states: Float[Tensor, "tokens hidden"], expert: int
+    ) -> Float[Tensor, "tokens intermediate"]:
+        """What an expert's output matrix is applied to."""
+        experts = self.experts
+        prefix = "gate_up_proj" if experts.has_gate else "up_proj"
+        matrix = getattr(experts, prefix)[expert]
+        hidden = states @ (matrix if experts.is_transposed else matrix.T)
+        if experts.has_bias:
+            hidden = hidden + getattr(experts, f"{prefix}_bias")[expert]
+        activated: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        return activated
+
+    def _find_router_tensors(self) -> Iterator[RouterTensor]:
+        modules = [*self.router.modules(), self.block]
+        for module in modules:
+            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for attribute, tensor in named:
+                axis = 0 if tensor.shape[:1] == (self.num_experts,) else -1
+                if not tensor.dim() or tensor.shape[axis] != self.num_experts:
+                    continue
+                if tensor.dim() > 1 and axis == 0:
+                    yield RouterTensor(module, attribute, 0, "weight")
+                elif attribute == "bias":
+                    yield RouterTensor(module, attribute, axis, "bias")
+                elif attribute.endswith("bias") or attribute == "per_expert_scale":
+                    yield RouterTensor(module, attribute, axis, "selection")
+
+    def _refuse_unknown_layout(self) -> None:
+        flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
+        missing = [flag for flag in flags if not hasattr(self.experts, flag)]
+        if self.router is None or missing or getattr(self.experts, "has_post_expert_norm", False):
+            raise InputError(
+                f"{self.name}: the experts ({type(self.experts).__name__}) are laid out in a way that "
+                "is not understood; see lightning_smoe/models/README.md for the families that are"
+            )
+
+    def _refuse_unknown_router(self) -> None:
+        weights = [t for t in self.router_tensors if t.kind == "weight"]
+        lookup = [n for n, b in self.router.named_buffers() if not b.is_floating_point()]
+        says_top_k = hasattr(self.router, "top_k") or hasattr(self.block, "top_k")
+        if len(weights) != 1 or lookup or not says_top_k:
+            raise InputError(
+                f"{self.name}: the router ({type(self.router).__name__}) is not one matrix with a row "
+                f"for each of the {self.num_experts} experts; this family cannot be compressed"
+            )
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    old: Tensor = getattr(module, name)
+    # A copy even where the layout already fits: a view would keep the old experts in memory.
+    new = value.to(old.dtype).clone(memory_format=torch.contiguous_format)
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    else:
+        setattr(module, name, new)
+
+
+def decoder_layer_of(name: str) -> tuple[str, int]:
+    """Splits `model.layers.3.mlp` into the path of the decoder layers and the number of this one."""
+    match = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", name)
+    if match is None:
+        raise InputError(f"{name}: an expert layer outside the decoder layers is not understood")
+    return match.group(1) or "", int(match.group(2))
+
+
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """Finds every mixture-of-experts block of a model, first layer first.
+
+    Raises:
+        InputError: The model has none, or one that is not understood; nothing is skipped silently.
+    """
+    blocks = [(n, m) for n, m in model.named_modules() if "experts" in dict(m.named_children())]
+    layers = [MoELayer(name, block) for name, block in blocks]
+    if layers:
+        return layers
+    config = text_config(getattr(model, "config", None))
+    family = getattr(config, "model_type", type(model).__name__)
+    if any(getattr(config, f, None) for f in _COUNT_FIELDS):
+        raise InputError(f"the experts of {family} are laid out in a way that is not understood")
+    raise InputError(
+        f"the model ({family}) has no mixture-of-experts layer; name a checkpoint that has experts"
+    )
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def set_expert_count(model: nn.Module, count: int) -> None:
+    """Tells a model in memory, and its configuration, how many routed experts a layer has."""
+    config = text_config(model.config)
+    for field in _COUNT_FIELDS:
+        if field in config.__dict__:
+            setattr(config, field, count)
+    for module in (model, getattr(model, "model", None)):
+        if module is not None and isinstance(module.__dict__.get("num_experts"), int):
+            module.__dict__["num_experts"] = count
+
+
+def patch_expert_count(config: dict[str, Any], old: int, new: int) -> dict[str, Any]:
+    """Copies a config.json, changing nothing but the number of routed experts.
+
+    Raises:
+        InputError: No field of the file holds the old number.
+    """
+    patched = {k: patch_expert_count(v, old, new) if k == "text_config" else v for k, v in config.items()}
+    fields = [f for f in _COUNT_FIELDS if config.get(f) == old]
+    if not fields and patched == config:
+        raise InputError(
+            f"config.json names the {old} experts in none of {', '.join(_COUNT_FIELDS)}; add the field"
+        )
+    return {**patched, **dict.fromkeys(fields, new)}

@@ -1,0 +1,80 @@
+"""Running a model one decoder layer at a time, over batches that wait between layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
+
+
+@dataclass(eq=False)
+class WaitingBatch:
+    """A batch between two decoder layers.
+
+    Args:
+        states: Hidden states that the next layer will read.
+        calls: For each layer, the other arguments that the model gives it (masks, positions).
+        is_token: Which positions count: neither padding nor a repeat.
+    """
+
+    states: Float[Tensor, "batch sequence hidden"]
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    is_token: Bool[Tensor, "batch sequence"]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers that holds the mixture-of-experts blocks."""
+    path, _ = decoder_layer_of(find_moe_layers(model)[0].name)
+    layers = model.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError(f"{path} is not a list of layers")
+    return layers
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch sequence"],
+    attention_mask: Int[Tensor, "batch sequence"],
+    is_token: Bool[Tensor, "batch sequence"],
+) -> WaitingBatch:
+    """Runs all that comes before the first decoder layer, and notes how the layers are called."""
+    states: list[Tensor] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        states.append(hidden)
+        calls.append((args, kwargs))
+        return hidden
+
+    with _replaced_forward(decoder_layers(model), note):
+        model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return WaitingBatch(states[0], calls, is_token)
+
+
+@torch.no_grad()
+def run_layer(layer: nn.Module, batch: WaitingBatch, index: int) -> Float[Tensor, "..."]:
+    """Hidden states behind one decoder layer."""
+    args, kwargs = batch.calls[index]
+    output = layer(batch.states, *args, **kwargs)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+@contextmanager
+def _replaced_forward(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Lets the model call `forward` in the place of each decoder layer."""
+    for layer in layers:
+        layer.forward = MethodType(lambda _, *args, **kwargs: forward(*args, **kwargs), layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,1 @@
+"""Tests of lightning_smoe: the folders mirror the package."""
