@@ -6,15 +6,15 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.logging import RichHandler
+from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from lightning_smoe import __version__
@@ -36,7 +36,8 @@ _VERBS = {
 
 _TRAINER_DEFAULTS = {
     "max_steps": 200,
-    "max_epochs": -1,
+    # High enough to let max_steps decide; Lightning's own default stops after one epoch of steps.
+    "max_epochs": 1000,
     "gradient_clip_val": 1.0,
     "val_check_interval": 50,
     "check_val_every_n_epoch": None,
@@ -54,6 +55,7 @@ _NOISE = (
     ".*The `srun` command is available.*",
     ".*in eval mode at the start of training.*",
     ".*instantiate_classes.*",
+    ".*LeafSpec.* is deprecated.*",
 )
 
 
@@ -77,13 +79,27 @@ class SMoEParser(LightningArgumentParser):
 
 
 class SMoECLI(LightningCLI):
-    """LightningCLI with the verbs of `SMoETrainer` in the place of Lightning's."""
+    """LightningCLI with the verbs of `SMoETrainer` in the place of Lightning's.
+
+    Args:
+        args: Command line; that of the process if none.
+        kwargs: As for LightningCLI.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+        words = sys.argv[1:] if args is None else list(args)
+        # Only the parser that will be used is filled: each costs a third of a second.
+        self._verb = next((word for word in words if word in _VERBS), None)
+        super().__init__(args=args if args is None else words, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that guesses."""
         parser = SMoEParser(**kwargs)
         parser.add_argument(
-            "-c", "--config", action="config", help="Experiment file in YAML; later options override it."
+            "-c",
+            "--config",
+            action="config",
+            help="Experiment file in YAML; later options override it.",
         )
         return parser
 
@@ -97,7 +113,9 @@ class SMoECLI(LightningCLI):
             # Without a usage of its own every error would print a page of it.
             verb_parser = self.init_parser(description=line, usage="%(prog)s [options]")
             self._subcommand_parsers[verb] = verb_parser
-            self._subcommand_method_arguments[verb] = self._add_verb(verb_parser, method, on_experiment)
+            if verb == self._verb:
+                added = self._add_verb(verb_parser, method, on_experiment)
+                self._subcommand_method_arguments[verb] = added
             subcommands.add_subcommand(verb, verb_parser, help=line)
 
     def _add_verb(
@@ -120,7 +138,9 @@ class SMoECLI(LightningCLI):
         """Builds the trainer; only fit logs."""
         verb = str(self.subcommand)
         if not _VERBS[verb][1]:
-            return SMoETrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+            return SMoETrainer(
+                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False
+            )
         settings = dict(self._get(self.config_init, "trainer"))
         if verb != "fit":
             settings["logger"] = False
@@ -138,7 +158,9 @@ class SMoECLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         method, on_experiment = _VERBS[subcommand]
-        options = {k: self._get(self.config_init, k) for k in self._subcommand_method_arguments[subcommand]}
+        options = {
+            k: self._get(self.config_init, k) for k in self._subcommand_method_arguments[subcommand]
+        }
         if not on_experiment:
             getattr(self.trainer, method)(**options)
             return
@@ -149,7 +171,7 @@ class SMoECLI(LightningCLI):
             self._parser(subcommand).save(config, path, overwrite=True, skip_none=False)
 
 
-def main(args: ArgsType = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Runs a verb.
 
     Exits with code 2 and one message where what was asked for cannot be done.
@@ -190,6 +212,16 @@ def _exit(message: str) -> NoReturn:
     sys.exit(2)
 
 
+class _ScreenHandler(logging.Handler):
+    """Writes messages of the first process above a progress bar that may be on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one message."""
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
+            console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+            console.print(self.format(record))
+
+
 def _set_up_screen() -> None:
     """Shows this project's progress, and of the libraries what a person can act on."""
     for pattern in _NOISE:
@@ -199,8 +231,6 @@ def _set_up_screen() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     log = logging.getLogger("lightning_smoe")
     if not log.handlers:
-        handler = RichHandler(show_time=False, show_level=False, show_path=False, markup=False)
-        handler.addFilter(lambda _: rank_zero_only.rank == 0)  # type: ignore[attr-defined]  # set by Lightning
-        log.addHandler(handler)
+        log.addHandler(_ScreenHandler())
         log.setLevel(logging.INFO)
         log.propagate = False

@@ -34,10 +34,10 @@ class Experiment:
             organisation/name on the hub.
         output_dir: Folder for all results: statistics.safetensors, plan.json, compressed/,
             recovered/, report.json and report.md.
-        keep: Routed experts that each layer keeps: a fraction in (0, 1], or a whole number; at least
-            what the router selects.
-        layers: Decoder layers to change, counted from 0, or all. Counts then differ between layers,
-            and the result loads with lightning_smoe.models.checkpoint.load only.
+        keep: Routed experts that each layer keeps: a fraction in (0, 1], or a whole number; at
+            least what the router selects.
+        layers: Decoder layers to change, counted from 0, or all. Counts then differ by layer, and
+            the result loads with lightning_smoe.models.checkpoint.load only.
         recipe: How experts are chosen and what becomes of the others.
         recovery: How the compressed model is trained against the original by fit.
         baselines: Whether the report shows plain frequency and REAP pruning at the same number of
@@ -86,7 +86,7 @@ class Workspace:
         source, target = self.source.path.resolve(), self.folder.resolve()
         if source == target or source in target.parents:
             raise InputError(
-                f"model.output_dir={self.folder} lies in the original checkpoint; name another folder"
+                f"model.output_dir={self.folder} lies in the original; name another folder"
             )
 
     @property

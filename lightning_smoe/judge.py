@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Prune
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.perplexity import EvaluationModule
-from lightning_smoe.evaluation.report import entry, to_table, write_report
+from lightning_smoe.evaluation.report import Judged, to_table, write_report
 from lightning_smoe.experiment import Workspace
 from lightning_smoe.functional.saliency import Frequency, Reap
-from lightning_smoe.models.artifact import Manifest, is_current
+from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load, stored_bytes
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
@@ -74,44 +76,48 @@ def _read(path: Path) -> dict[str, Any]:
 def _judge_all(
     trainer: Trainer, work: Workspace, folders: dict[str, Path]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    teacher = load(work.source.path, work.dtype)
+    judge = _Judge(trainer, work, load(work.source.path, work.dtype))
     seconds = read_seconds(work)
-    original = _judge(trainer, work, teacher, teacher, work.source.path, {})
+    original = judge(judge.teacher, work.source.path, {})
     models = {}
     for name, path in folders.items():
         took = {step: seconds[step] for step in _STEPS_OF.get(name, ()) if step in seconds}
-        models[name] = _judge(trainer, work, load(path, work.dtype), teacher, path, took)
+        models[name] = judge(load(path, work.dtype), path, took)
     if work.experiment.baselines and work.statistics_path.exists():
-        models |= _judge_baselines(trainer, work, teacher)
+        models |= {name: judge(model, None, {}) for name, model in _baselines(work)}
     return original, models
 
 
-def _judge_baselines(
-    trainer: Trainer, work: Workspace, teacher: PreTrainedModel
-) -> dict[str, dict[str, Any]]:
+def _baselines(work: Workspace) -> Iterator[tuple[str, PreTrainedModel]]:
     """Plain pruning, at the number of experts that the plan keeps in each layer."""
     statistics = Statistics.load(work.statistics_path)
     plans = work.read_plan().by_name()
     layers = [layer for layer in work.layers if layer.name in plans]
     counts = {name: len(plan.groups) for name, plan in plans.items()}
-    models = {}
     for name, saliency in _BASELINES.items():
         model = load(work.source.path, work.dtype)
         apply_plan(model, make_plan(statistics, layers, Prune(saliency, None), counts))
-        models[name] = _judge(trainer, work, model, teacher, None, {})
-    return models
+        yield name, model
 
 
-def _judge(
-    trainer: Trainer, work: Workspace, model: PreTrainedModel, teacher: PreTrainedModel,
-    path: Path | None, seconds: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    module = EvaluationModule(model, teacher, work.data.domains_of("test"))
-    trainer.test(module, datamodule=work.data, verbose=False)
-    size = stored_bytes(model, work.source) if path is None else open_checkpoint(path).num_bytes
-    counts = [layer.num_experts for layer in find_moe_layers(model)]
-    parameters = sum(p.numel() for p in model.parameters())
-    return entry(path, parameters, size, counts, module.quality, seconds)
+@dataclass(frozen=True)
+class _Judge:
+    """Judges one model after the other against the original."""
+
+    trainer: Trainer
+    work: Workspace
+    teacher: PreTrainedModel
+
+    def __call__(
+        self, model: PreTrainedModel, path: Path | None, seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        source, data = self.work.source, self.work.data
+        module = EvaluationModule(model, self.teacher, data.domains_of("test"))
+        self.trainer.test(module, datamodule=data, verbose=False)
+        size = stored_bytes(model, source) if path is None else open_checkpoint(path).num_bytes
+        counts = [layer.num_experts for layer in find_moe_layers(model)]
+        parameters = sum(p.numel() for p in model.parameters())
+        return Judged(path, parameters, size, counts, module.quality, seconds).to_json()
 
 
 def _show(work: Workspace, report: dict[str, Any], folders: dict[str, Path]) -> None:

@@ -1,10 +1,10 @@
-"""The steps behind the verbs: each is skipped when its result is there, and runs those before it."""
+"""The steps behind the verbs: each runs those before it, and is skipped if its result is there."""
 
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 def calibrate(trainer: Trainer, work: Workspace) -> None:
     """Writes statistics.safetensors."""
-    wanted = work.statistics_manifest
-    with _step(trainer, work, work.statistics_path, work.found_statistics(), wanted) as needed:
+    wanted, found = work.statistics_manifest, work.found_statistics()
+    with _step(trainer, work, work.statistics_path, found=found, wanted=wanted) as needed:
         if not needed:
             return
         watch = ExpertStatistics(
@@ -49,21 +49,21 @@ def calibrate(trainer: Trainer, work: Workspace) -> None:
 
 def plan(trainer: Trainer, work: Workspace) -> None:
     """Writes plan.json, unless a person wrote one."""
+    found = None
     if work.plan_path.exists() and not work.experiment.overwrite:
-        found = work.read_plan()
-        if found.manifest is None:
+        found = work.read_plan().manifest
+        if found is None:
             logger.info("plan: %s was written by hand and is used as it is", work.plan_path)
             return
-    else:
-        found = None
     calibrate(trainer, work)
     wanted = work.plan_manifest
-    with _step(trainer, work, work.plan_path, found and found.manifest, wanted) as needed:
+    with _step(trainer, work, work.plan_path, found=found, wanted=wanted) as needed:
         if needed and trainer.is_global_zero:
             counts = {c.name: experts_to_keep(work.experiment.keep, c) for c in work.chosen}
             statistics = Statistics.load(work.statistics_path)
             recipe = work.experiment.recipe
-            make_plan(statistics, work.chosen, recipe, counts, wanted).save(work.plan_path)
+            decided = make_plan(statistics, work.chosen, recipe, counts, manifest=wanted)
+            decided.save(work.plan_path)
 
 
 def compress(trainer: Trainer, work: Workspace) -> None:
@@ -72,7 +72,7 @@ def compress(trainer: Trainer, work: Workspace) -> None:
     decided = work.read_plan()
     wanted = work.compressed_manifest(decided)
     found = found_manifest(work.compressed_path)
-    with _step(trainer, work, work.compressed_path, found, wanted) as needed:
+    with _step(trainer, work, work.compressed_path, found=found, wanted=wanted) as needed:
         if not needed:
             return
         model = load(work.source.path, work.dtype)
@@ -82,7 +82,8 @@ def compress(trainer: Trainer, work: Workspace) -> None:
         else:
             apply_plan(model, decided)
         if trainer.is_global_zero:
-            _save(work, model, work.compressed_path, wanted, _compression_steps(decided))
+            steps = _compression_steps(decided)
+            _save(work, model, work.compressed_path, manifest=wanted, steps=steps)
 
 
 def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
@@ -96,7 +97,7 @@ def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
     compress(trainer, work)
     wanted = work.recovered_manifest(_loop_settings(trainer))
     found = found_manifest(work.recovered_path)
-    with _step(trainer, work, work.recovered_path, found, wanted) as needed:
+    with _step(trainer, work, work.recovered_path, found=found, wanted=wanted) as needed:
         if needed:
             _train(trainer, work, wanted, _resume_from(work, ckpt_path))
 
@@ -132,17 +133,20 @@ def _train(trainer: Trainer, work: Workspace, wanted: Manifest, resume: Path | N
             "compressed model as it was", start, best,
         )  # fmt: skip
     if trainer.is_global_zero:
-        _save(work, student.cpu(), work.recovered_path, wanted, steps)
+        _save(work, student, work.recovered_path, manifest=wanted, steps=steps)
 
 
 def _save(
-    work: Workspace, model: PreTrainedModel, path: Path, manifest: Manifest, steps: list[str]
+    work: Workspace, model: PreTrainedModel, path: Path, *, manifest: Manifest, steps: list[str]
 ) -> None:
+    model.cpu()
     before = {layer.name: layer.num_experts for layer in work.layers}
     after = {layer.name: layer.num_experts for layer in find_moe_layers(model)}
     title = f"{work.source.path.name}, {path.name}"
-    card = model_card(title, work.source, before, after, steps, manifest)
-    save(model.cpu(), work.source, path, manifest, card)
+    card = model_card(
+        title, work.source, before=before, after=after, steps=steps, manifest=manifest
+    )
+    save(model, work.source, path, manifest=manifest, card=card)
 
 
 def _compression_steps(decided: CompressionPlan) -> list[str]:
@@ -184,7 +188,7 @@ def _resume_from(work: Workspace, ckpt_path: str | None) -> Path | None:
 
 @contextmanager
 def _step(
-    trainer: Trainer, work: Workspace, path: Path, found: Manifest | None, wanted: Manifest
+    trainer: Trainer, work: Workspace, path: Path, *, found: Manifest | None, wanted: Manifest
 ) -> Iterator[bool]:
     """Says whether a step must run; waits for all processes and notes the time behind it."""
     if is_current(path, found, wanted, work.experiment.overwrite):

@@ -1,13 +1,16 @@
 """Looking at a checkpoint folder: what is in it, and what it writes."""
 
+from typing import Any
+
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoTokenizer, TextStreamer
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.checkpoint import load, outline
+from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
-from lightning_smoe.models.layer import find_moe_layers, text_config
+from lightning_smoe.models.layer import MoELayer, find_moe_layers
 
 
 def inspect(checkpoint: str) -> None:
@@ -23,11 +26,10 @@ def inspect(checkpoint: str) -> None:
     lines = [
         f"Checkpoint: {folder.path}",
         f"Family: {config.model_type} ({type(model).__name__})",
-        f"Total parameters: {sum(p.numel() for p in model.parameters()):,}".replace(",", ""),
-        f"Bytes: {folder.num_bytes} ({folder.num_bytes / 1e6:.1f} MB in {len(folder.shards)} file(s))",
+        f"Total parameters: {sum(p.numel() for p in model.parameters())}",
+        f"Bytes: {folder.num_bytes} ({folder.num_bytes / 1e6:.1f} MB, {len(folder.shards)} files)",
     ]
-    for index in range(config.num_hidden_layers):
-        lines.append(_describe(index, layers.get(index)))
+    lines += [_describe(i, layers.get(i)) for i in range(config.num_hidden_layers)]
     if folder.experts_per_layer:
         lines.append("Loads with: lightning_smoe.models.checkpoint.load (counts differ by layer)")
     else:
@@ -37,13 +39,13 @@ def inspect(checkpoint: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _describe(index: int, layer: object) -> str:
-    from lightning_smoe.models.layer import MoELayer
-
-    if not isinstance(layer, MoELayer):
+def _describe(index: int, layer: MoELayer | None) -> str:
+    if layer is None:
         return f"Layer {index}: no experts"
     shared = layer.shared_expert
-    beside = "no shared expert" if shared is None else f"shared expert of width {shared[0].in_features}"
+    beside = (
+        "no shared expert" if shared is None else f"shared expert of width {shared[0].in_features}"
+    )
     groups = f", {layer.num_router_groups} router groups" if layer.num_router_groups > 1 else ""
     return (
         f"Layer {index}: {layer.num_experts} experts of width {layer.intermediate_size}, "
@@ -61,11 +63,11 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: flo
         raise InputError("max_new_tokens must be 1 or more, and temperature 0 or more")
     folder = open_checkpoint(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
-    model = load(folder.path)
+    model: Any = load(folder.path)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty; give --prompt some text")
-    settings = {"do_sample": temperature > 0}
+    settings: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
     with torch.inference_mode():

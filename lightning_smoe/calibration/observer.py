@@ -81,6 +81,11 @@ def observing(
 class _LayerWatch:
     """The hooks of one layer, which hand what they see to each other."""
 
+    _logits: Tensor
+    _states: Tensor
+    _indices: Tensor
+    _weights: Tensor
+
     def __init__(self, layer: MoELayer, batch: Callable[[], Batch], consume: Consumer) -> None:
         self._layer, self._batch, self._consume = layer, batch, consume
 
@@ -102,7 +107,7 @@ class _LayerWatch:
     def gather(self, _: Any, __: Any, outputs: Tensor) -> Tensor:
         outputs = outputs.view(*self._weights.shape, -1)
         self._hand_over(outputs)
-        weighted = (outputs * self._weights.unsqueeze(-1)).sum(1)
+        weighted: Tensor = (outputs * self._weights.unsqueeze(-1)).sum(1)
         return weighted.to(self._states.dtype)
 
     def _hand_over(self, outputs: Tensor | None) -> None:

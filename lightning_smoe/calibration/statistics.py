@@ -1,4 +1,4 @@
-"""Sums over calibration tokens: added up batch by batch, reduced over processes once, kept in a file."""
+"""Sums over calibration tokens: added up by batch, reduced over processes once, kept in a file."""
 
 import json
 from collections.abc import Callable
@@ -144,7 +144,10 @@ class Statistics:
             for name, sums in self.layers.items()
             for key, tensor in sums.tensors().items()
         }
-        header = {"manifest": json.dumps(self.manifest.to_json()), "domains": json.dumps(self.domains)}
+        header = {
+            "manifest": json.dumps(self.manifest.to_json()),
+            "domains": json.dumps(self.domains),
+        }
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=header)
 
@@ -163,8 +166,12 @@ class Statistics:
                 layers.setdefault(name, {})[field] = file.get_tensor(key)
         manifest = Manifest.from_json(json.loads(header["manifest"]))
         if manifest is None:
-            raise InputError(f"{path} has no manifest; run calibrate again with model.overwrite true")
-        sums = {name: ExpertSums(**fields) for name, fields in sorted(layers.items(), key=_by_layer)}
+            raise InputError(
+                f"{path} has no manifest; run calibrate again with model.overwrite true"
+            )
+        sums = {
+            name: ExpertSums(**fields) for name, fields in sorted(layers.items(), key=_by_layer)
+        }
         return Statistics(sums, tuple(json.loads(header["domains"])), manifest)
 
 
@@ -188,8 +195,6 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
-def domain_of_positions(
-    domain: Int[Tensor, " batch"], sequence: int
-) -> Int[Tensor, " positions"]:
+def domain_of_positions(domain: Int[Tensor, " batch"], sequence: int) -> Int[Tensor, " positions"]:
     """Repeats each sequence's domain for its positions."""
     return domain.repeat_interleave(sequence)

@@ -9,7 +9,9 @@ from lightning_smoe.functional.alignment import align_neurons
 from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.functional.moments import Moments
 from lightning_smoe.functional.router import RouterRows
-from lightning_smoe.models.layer import MoELayer, RouterTensor, find_moe_layers, set_expert_count
+from lightning_smoe.models.expert_count import set_expert_count
+from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.router import RouterTensor
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> None:
 
 
 def tell_count(model: PreTrainedModel) -> None:
-    """Writes the number of experts into the model's configuration, where it is the same everywhere."""
+    """Writes the number of experts into the model's configuration, where all layers agree."""
     counts = {layer.num_experts for layer in find_moe_layers(model)}
     if len(counts) == 1:
         set_expert_count(model, counts.pop())

@@ -187,9 +187,7 @@ def _runner(decoder: nn.Module, batch: WaitingBatch, index: int) -> Callable[[],
     return lambda: run_layer(decoder, batch, index)
 
 
-def _step(
-    decoder: nn.Module, batches: Sequence[WaitingBatch], index: int
-) -> list[WaitingBatch]:
+def _step(decoder: nn.Module, batches: Sequence[WaitingBatch], index: int) -> list[WaitingBatch]:
     """Takes every batch through one decoder layer."""
     states = [run_layer(decoder, batch, index) for batch in batches]
     return [WaitingBatch(s, b.calls, b.is_token) for s, b in zip(states, batches, strict=True)]

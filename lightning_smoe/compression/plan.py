@@ -111,12 +111,14 @@ class LayerPlan:
         if blocks == 1:
             return
         size, width = self.num_experts // blocks, len(self.groups) // blocks
-        wrong = [g for i, g in enumerate(self.groups) if {e // size for e in g} != {i // max(width, 1)}]
+        wrong = [
+            g for i, g in enumerate(self.groups) if {e // size for e in g} != {i // max(width, 1)}
+        ]
         if len(self.groups) % blocks or wrong or width < layer.min_experts_per_router_group:
             raise InputError(
-                f"{self.name}: the router chooses among {blocks} equal blocks of experts; keep the same "
-                f"number (at least {layer.min_experts_per_router_group}) in each block of {size}, "
-                "in order, and merge within blocks only"
+                f"{self.name}: the router chooses among {blocks} equal blocks of experts; keep the "
+                f"same number (at least {layer.min_experts_per_router_group}) in each block of "
+                f"{size}, in order, and merge within blocks only"
             )
 
 
@@ -178,8 +180,8 @@ class CompressionPlan:
         for name in names:
             if name not in there or names.count(name) > 1:
                 raise InputError(
-                    f"plan.json names {name!r} {names.count(name)} times; the model's expert layers are "
-                    f"{', '.join(there)}"
+                    f"plan.json names {name!r} {names.count(name)} times; the model's expert "
+                    f"layers are {', '.join(there)}"
                 )
         for layer in self.layers:
             layer.check(there[layer.name])
@@ -235,7 +237,9 @@ def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
         for layer in stored["layers"]
     )
     specs = {"router": RouterRepair, "merger": Merger, "refit": Refit}
-    built = {k: from_spec(stored[k], kind) for k, kind in specs.items() if stored.get(k)}
+    built: dict[str, Any] = {
+        k: from_spec(stored[k], kind) for k, kind in specs.items() if stored.get(k)
+    }
     return CompressionPlan(
         layers,
         **built,
@@ -243,4 +247,3 @@ def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
         model=stored.get("model", ""),
         manifest=Manifest.from_json(stored.get("manifest")),
     )
-

@@ -14,7 +14,7 @@ from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.layer import MoELayer
 
 
-def experts_to_keep(keep: float, layer: MoELayer) -> int:
+def experts_to_keep(keep: int | float, layer: MoELayer) -> int:
     """Number of experts that a layer keeps.
 
     Args:
@@ -46,8 +46,8 @@ def experts_to_keep(keep: float, layer: MoELayer) -> int:
     if count % layer.num_router_groups:
         blocks = layer.num_router_groups
         raise InputError(
-            f"model.keep={keep} keeps {count} experts in {layer.name}, whose router has {blocks} groups "
-            f"of equal size; keep a multiple of {blocks}, such as {count - count % blocks}"
+            f"model.keep={keep} keeps {count} experts in {layer.name}, whose router has {blocks} "
+            f"groups of equal size; keep a multiple of {blocks}, such as {count - count % blocks}"
         )
     return count
 
@@ -70,7 +70,7 @@ def select_layers(layers: Sequence[MoELayer], wanted: str | Sequence[int]) -> li
     unknown = sorted(set(wanted) - there.keys())
     if unknown:
         raise InputError(
-            f"model.layers names {unknown}, which have no experts; layers with experts: {sorted(there)}"
+            f"model.layers names {unknown}, which have no experts; these have: {sorted(there)}"
         )
     return [there[index] for index in sorted(set(wanted))]
 
@@ -80,6 +80,7 @@ def make_plan(
     layers: Sequence[MoELayer],
     recipe: Recipe,
     counts: Mapping[str, int],
+    *,
     manifest: Manifest | None = None,
 ) -> CompressionPlan:
     """Decides what becomes of every expert.

@@ -23,7 +23,7 @@ class BlockRecord:
 
     Args:
         tokens: What the router did.
-        shared: What the shared expert's output matrix is applied to, times its gate; none if absent.
+        shared: What the shared expert's output matrix multiplies, times its gate; none if absent.
         output: What the block adds to the residual stream.
     """
 
@@ -56,14 +56,18 @@ def record(
 
     with ExitStack() as stack:
         stack.enter_context(observing([layer], lambda: batch, lambda _, t: tokens.append(t)))
-        block_hook = layer.block.register_forward_hook(lambda m, a, out: note("output", out))
+        block_hook = layer.block.register_forward_hook(
+            lambda _module, _args, out: note("output", out)
+        )
         stack.callback(block_hook.remove)
         if layer.shared_expert is not None:
             down_proj, gate = layer.shared_expert
-            hook = down_proj.register_forward_pre_hook(lambda m, args: note("shared", args[0]))
+            hook = down_proj.register_forward_pre_hook(
+                lambda _module, args: note("shared", args[0])
+            )
             stack.callback(hook.remove)
             if gate is not None:
-                hook = gate.register_forward_hook(lambda m, a, out: note("gate", out))
+                hook = gate.register_forward_hook(lambda _module, _args, out: note("gate", out))
                 stack.callback(hook.remove)
         result = run()
     shared = seen.get("shared")
@@ -76,8 +80,8 @@ def record(
 class OutputFeatures:
     """What the output matrices of experts and shared expert multiply, side by side.
 
-    Expert e fills columns e * intermediate to (e + 1) * intermediate with its activations times its
-    routing weight, zero for tokens not routed to it; the shared expert comes last.
+    Expert e fills columns e * intermediate to (e + 1) * intermediate with its activations times
+    its routing weight, zero for tokens not routed to it; the shared expert comes last.
 
     Args:
         values: The features.
@@ -147,8 +151,8 @@ def check_understood(
     tolerance = max(_FLOAT32_ERROR, 16 * torch.finfo(block.output.dtype).eps)
     if not error <= tolerance:
         raise InputError(
-            f"{layer.name}: the block's output is not the weighted sum of its experts and shared expert "
-            f"(off by {error:.1e}); set model.recipe.init_args.refit to null for this family"
+            f"{layer.name}: the block's output is not the weighted sum of its experts and shared "
+            f"expert (off by {error:.1e}); set model.recipe.init_args.refit to null for this family"
         )
 
 

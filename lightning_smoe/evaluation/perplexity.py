@@ -1,9 +1,9 @@
 """What a compressed model kept of the original, token by token on held-out text."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import math
 import torch
 from jaxtyping import Float64
 from lightning.pytorch import LightningModule
@@ -53,6 +53,8 @@ class EvaluationModule(LightningModule):
         domains: Names of the domains, by number.
     """
 
+    _teacher: PreTrainedModel
+
     def __init__(
         self, model: PreTrainedModel, teacher: PreTrainedModel, domains: tuple[str, ...]
     ) -> None:
@@ -64,7 +66,7 @@ class EvaluationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Moves the teacher to the device of the model."""
-        self._teacher.to(self.trainer.strategy.root_device)
+        self._teacher.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]  # transformers 5.23
 
     def on_test_start(self) -> None:
         """Makes empty sums: nats, KL, agreements and tokens of each domain."""

@@ -1,5 +1,6 @@
 """The report: what compression cost and what it kept, beside plain baselines."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,9 @@ _SCHEMA = 1
 TEACHER = "original"
 
 
-def entry(
-    path: Path | None,
-    num_parameters: int,
-    num_bytes: int,
-    experts_per_layer: list[int],
-    quality: Quality,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """One model's part of report.json.
+@dataclass(frozen=True)
+class Judged:
+    """One model's part of the report.
 
     Args:
         path: Folder of the checkpoint; none for a baseline that was judged in memory.
@@ -30,15 +25,25 @@ def entry(
         quality: What it keeps.
         seconds: Wall time of the steps that made it, by verb.
     """
-    return {
-        "path": None if path is None else str(path),
-        "num_parameters": num_parameters,
-        "num_bytes": num_bytes,
-        "experts_per_layer": experts_per_layer,
-        **quality.to_json(),
-        "tasks": {},
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-    }
+
+    path: Path | None
+    num_parameters: int
+    num_bytes: int
+    experts_per_layer: list[int]
+    quality: Quality
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the model as it stands in report.json."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "num_parameters": self.num_parameters,
+            "num_bytes": self.num_bytes,
+            "experts_per_layer": self.experts_per_layer,
+            **self.quality.to_json(),
+            "tasks": {},
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+        }
 
 
 def write_report(
@@ -67,9 +72,8 @@ def _rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[li
         rows.append(
             [
                 name,
-                "-".join(str(c) for c in (counts if len(counts) < 2 else [counts[0], counts[-1]])),  # noqa: PLR2004 - a range has two ends
+                str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}",
                 f"{model['num_parameters'] / 1e6:.2f} M",
-                f"{model['num_bytes'] / 1e6:.1f} MB",
                 f"{model['perplexity']['mean']:.2f}",
                 f"{kl:.4f}",
                 "" if not reap or name == TEACHER else f"{kl / reap:.2f}",
@@ -79,7 +83,7 @@ def _rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[li
     return rows
 
 
-_COLUMNS = ("model", "experts", "parameters", "weights", "perplexity", "KL", "KL / REAP", "same top-1")
+_COLUMNS = ("model", "experts", "parameters", "perplexity", "KL", "of REAP's", "top-1")
 
 
 def to_table(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> Table:
@@ -98,7 +102,7 @@ def to_markdown(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> s
     lines = [
         "# Report",
         "",
-        "Perplexity and KL(original || model), in nats a token, on held-out text; means over domains. "
+        "Perplexity and KL(original || model) in nats a token on held-out text, means over domains. "
         "Baselines are plain pruning at the same number of experts, without refit or training.",
         "",
         *_markdown_table(_COLUMNS, _rows(teacher, models)),
@@ -122,7 +126,11 @@ def to_markdown(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> s
         "",
         "## Seconds by step",
         "",
-        *[f"* {n}: " + ", ".join(f"{s} {t}" for s, t in m["seconds"].items()) for n, m in models.items() if m["seconds"]],
+        *[
+            f"* {n}: " + ", ".join(f"{s} {t}" for s, t in m["seconds"].items())
+            for n, m in models.items()
+            if m["seconds"]
+        ],
     ]
     return "\n".join(lines) + "\n"
 

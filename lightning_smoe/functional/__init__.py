@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the formulas, which know torch, scipy and scikit-learn and nothing else."""
+"""The formulas: tensors in, tensors out; they know torch, scipy and scikit-learn only."""

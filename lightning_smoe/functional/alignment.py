@@ -2,7 +2,6 @@
 
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lightning_smoe.functional.experts import ExpertWeights
@@ -45,6 +44,8 @@ def _match(
 ) -> Int64[Tensor, " intermediate"]:
     """Finds the neuron to put at each place of the target."""
     similarity = target @ moved.mT
+    from scipy.optimize import linear_sum_assignment
+
     _, chosen = linear_sum_assignment(similarity.numpy(force=True), maximize=True)
     return torch.tensor(chosen.tolist(), device=target.device)
 

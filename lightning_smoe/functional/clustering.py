@@ -7,8 +7,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float64, Int64
-from sklearn import cluster  # type: ignore[import-untyped]  # scikit-learn ships no types
-from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]  # likewise
 from torch import Tensor
 
 # Mass of an expert that no token visits, relative to the heaviest: far below one token in any
@@ -62,9 +60,10 @@ class Agglomerative(Clusterer):
         _check_num_groups(num_groups, len(mass))
         if num_groups == len(mass):  # scikit-learn refuses a single expert.
             return torch.arange(num_groups, device=distance.device)
-        model = cluster.AgglomerativeClustering(
-            num_groups, metric="precomputed", linkage=self.linkage
-        )
+        # Imported where it is used: half a second of every start.
+        from sklearn.cluster import AgglomerativeClustering
+
+        model = AgglomerativeClustering(num_groups, metric="precomputed", linkage=self.linkage)
         return _numbered(model.fit_predict(distance.numpy(force=True)).tolist(), distance)
 
 
@@ -96,6 +95,10 @@ class KMeans(Clusterer):
     ) -> Int64[Tensor, " experts"]:
         _check_num_groups(num_groups, len(mass))
         points = _coordinates(distance).numpy(force=True)
+        # Imported where it is used: half a second of every start.
+        from sklearn import cluster
+        from sklearn.exceptions import ConvergenceWarning
+
         model = cluster.KMeans(num_groups, n_init=self.num_starts, random_state=self.seed)
         with warnings.catch_warnings():
             # It warns when fewer experts are distinct than groups are asked for: repaired below.

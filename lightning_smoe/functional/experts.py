@@ -31,8 +31,9 @@ class ExpertWeights:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ExpertWeights":
         """Applies one change to every tensor that is there (experts on the first axis)."""
-        present: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ExpertWeights(**{k: None if t is None else change(t) for k, t in present.items()})
+        present: dict[str, Tensor | None] = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {k: t if t is None else change(t) for k, t in present.items()}
+        return ExpertWeights(**changed)
 
     def select(self, experts: Int[Tensor, " members"]) -> "ExpertWeights":
         """Takes the named experts, in that order."""

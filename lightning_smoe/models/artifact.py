@@ -136,7 +136,9 @@ def require_space(folder: Path, num_bytes: int) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes:
-        message = f"{folder} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+        message = (
+            f"{folder} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+        )
         raise OSError(errno.ENOSPC, message)
 
 

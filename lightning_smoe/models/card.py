@@ -12,9 +12,14 @@ _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline
 
 
 def model_card(
-    title: str, source: CheckpointFolder, before: Mapping[str, int], after: Mapping[str, int],
-    steps: Sequence[str], manifest: Manifest,
-) -> str:  # fmt: skip
+    title: str,
+    source: CheckpointFolder,
+    *,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    steps: Sequence[str],
+    manifest: Manifest,
+) -> str:
     """Writes what a checkpoint is, what made it, and how it loads.
 
     Args:
@@ -29,7 +34,9 @@ def model_card(
     counts = [f"* {name}: {before[name]} -> {after[name]} experts" for name in after]
     if len(set(before.values())) == 1 and not uneven:
         old, new = next(iter(before.values())), next(iter(after.values()))
-        counts = [f"Every mixture-of-experts layer has {new} routed experts where the original has {old}."]
+        counts = [
+            f"Every mixture-of-experts layer has {new} routed experts where the original has {old}."
+        ]
     return "\n".join(
         [
             "---",

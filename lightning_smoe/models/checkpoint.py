@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import Manifest, replacing, require_space
+from lightning_smoe.models.expert_count import patch_expert_count
 from lightning_smoe.models.folder import MANIFEST, CheckpointFolder, open_checkpoint
-from lightning_smoe.models.layer import find_moe_layers, patch_expert_count
+from lightning_smoe.models.layer import find_moe_layers
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +42,26 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     config = AutoConfig.from_pretrained(folder.path)
     model_class = _sized(_causal_lm_class(config, folder.path), folder.experts_per_layer)
     try:
-        model, report = model_class.from_pretrained(
+        # Any: transformers declares no type for the pair that it returns here.
+        loaded: Any = model_class.from_pretrained(
             folder.path, config=config, dtype=dtype, output_loading_info=True
         )
     except (RuntimeError, KeyError) as error:
         raise InputError(f"{folder.path} cannot be loaded: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     if report["missing_keys"] or report["mismatched_keys"]:
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))
         raise InputError(
-            f"{folder.path} lacks {len(lost)} tensors that its config.json needs, such as {lost[0]}; "
-            "copy the checkpoint again"
+            f"{folder.path} lacks {len(lost)} tensors that its config.json needs, such as "
+            f"{lost[0]}; copy the checkpoint again"
         )
     if report["unexpected_keys"]:
         extra = sorted(map(str, report["unexpected_keys"]))
         logger.warning("%s: %d tensors are not used, such as %s", folder.path, len(extra), extra[0])
     _align(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _align(model: nn.Module) -> None:
@@ -71,7 +76,7 @@ def _align(model: nn.Module) -> None:
 
 
 def outline(folder: CheckpointFolder) -> PreTrainedModel:
-    """Builds the model of a folder without any weight (on the meta device), to count and inspect."""
+    """Builds the model of a folder without any weight (on the meta device), to look at."""
     config = AutoConfig.from_pretrained(folder.path)
     model_class = _sized(_causal_lm_class(config, folder.path), folder.experts_per_layer)
     with torch.device("meta"):
@@ -81,9 +86,11 @@ def outline(folder: CheckpointFolder) -> PreTrainedModel:
 
 def _causal_lm_class(config: Any, path: Path) -> type[PreTrainedModel]:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{path} is no causal language model: its model_type is {config.model_type}")
-    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return found
+        raise InputError(f"{path} is no causal language model but a {config.model_type}")
+    # Any: the mapping is declared for pairs of classes too, which this one never holds.
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: type[PreTrainedModel] = found
+    return model_class
 
 
 def _sized(model_class: type[PreTrainedModel], counts: Mapping[int, int]) -> type[PreTrainedModel]:
@@ -91,12 +98,12 @@ def _sized(model_class: type[PreTrainedModel], counts: Mapping[int, int]) -> typ
     if not counts:
         return model_class
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
-        resize_layers(self, counts)
+    def init(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(model, config, *args, **kwargs)
+        resize_layers(model, counts)
 
-    # Its name and module stay the stock class's: transformers finds the layout of the files by them.
-    body = {"__init__": __init__, "__module__": model_class.__module__}
+    # Name and module stay the stock class's: transformers finds the layout of the files by them.
+    body = {"__init__": init, "__module__": model_class.__module__}
     return type(model_class.__name__, (model_class,), body)
 
 
@@ -108,7 +115,12 @@ def resize_layers(model: nn.Module, counts: Mapping[int, int]) -> None:
 
 
 def save(
-    model: PreTrainedModel, source: CheckpointFolder, target: Path, manifest: Manifest, card: str
+    model: PreTrainedModel,
+    source: CheckpointFolder,
+    target: Path,
+    *,
+    manifest: Manifest,
+    card: str,
 ) -> None:
     """Writes a compressed model beside the files of its original, and proves that it reloads.
 
@@ -138,7 +150,9 @@ def save(
                 file.unlink()
         for file in source.other_files:
             shutil.copyfile(file, partial / file.name)
-        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        (partial / "config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        )
         (partial / "README.md").write_text(card)
         stored = {"schema": 1, "experts_per_layer": uneven, "manifest": manifest.to_json()}
         (partial / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
@@ -161,15 +175,19 @@ def _counted_config(
 def _round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> dict[str, torch.Tensor]:
     """Rounds every weight to the type it has in the source, and returns the state to store."""
     common = _common_type(source)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
+    by_address: dict[int, torch.Tensor] = {}
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            stored = source.tensors.get(key, {}).get("dtype", common)
-            rounded = tensor.to(_TORCH_TYPES.get(stored, tensor.dtype))
-            tensor.copy_(rounded)
-            state[key] = rounded
-        else:
+        stored = source.tensors.get(key, {}).get("dtype", common)
+        if not tensor.is_floating_point():
             state[key] = tensor
+        elif tensor.data_ptr() in by_address:
+            # Tied weights stay one tensor, so that they are stored once.
+            state[key] = by_address[tensor.data_ptr()]
+        else:
+            state[key] = tensor.to(_TORCH_TYPES.get(stored, tensor.dtype))
+            tensor.copy_(state[key])
+            by_address[tensor.data_ptr()] = state[key]
     return state
 
 
@@ -193,14 +211,15 @@ def verify(folder: Path, model: PreTrainedModel) -> None:
         InputError: They differ in a single bit, or a tensor is missing.
     """
     device = next(model.parameters()).device
-    reloaded = load(folder, next(model.parameters()).dtype).to(device)
-    size = min(model.get_input_embeddings().num_embeddings, 1 << 15)
+    reloaded = load(folder, next(model.parameters()).dtype)
+    reloaded.to(device)  # type: ignore[arg-type]  # declared wrongly in transformers 5.23
+    size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # Any module
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (1, _VERIFY_TOKENS), generator=generator).to(device)
     expected, found = model(tokens).logits, reloaded(tokens).logits
     if not torch.equal(expected, found):
         difference = (expected - found).abs().max().item()
         raise InputError(
-            f"{folder} does not give the model's logits when reloaded (they differ by {difference:.1e}); "
-            "please report this with the family of the model"
+            f"{folder} does not give the model's logits when reloaded (they differ by "
+            f"{difference:.1e}); please report this with the family of the model"
         )

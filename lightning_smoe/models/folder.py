@@ -75,7 +75,7 @@ class CheckpointFolder:
 
 
 def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
-    """Finds a checkpoint folder, or fetches it from the Hugging Face hub, and checks that it is whole.
+    """Finds a checkpoint folder, or fetches it from the hub, and checks that it is whole.
 
     Args:
         checkpoint: A folder, or `organisation/name` on the hub (fetched into the usual cache; this
@@ -138,7 +138,7 @@ def _header(shard: Path) -> dict[str, dict[str, Any]]:
 
 def _check_whole(shard: Path) -> None:
     if not shard.exists():
-        raise InputError(f"{shard} is named in {_INDEX} but is not there; copy the checkpoint again")
+        raise InputError(f"{shard}, named in {_INDEX}, is not there; copy the checkpoint again")
     try:
         header = _header(shard)
         with shard.open("rb") as file:
@@ -149,6 +149,6 @@ def _check_whole(shard: Path) -> None:
     expected, found = 8 + length + max(ends, default=0), shard.stat().st_size
     if expected != found:
         raise InputError(
-            f"{shard} is truncated or damaged: it has {found} bytes where its header says {expected}; "
-            "copy it again"
+            f"{shard} is truncated or damaged: it has {found} bytes where its header says "
+            f"{expected}; copy it again"
         )

@@ -1,8 +1,10 @@
-"""One typed view on every mixture-of-experts block of transformers: the only file that knows its names."""
+"""One typed view on every mixture-of-experts block of transformers.
+
+Only this file, `router.py` and `expert_count.py` know the names and layouts of transformers.
+"""
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,46 +13,11 @@ from torch import Tensor, nn
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.experts import ExpertWeights
+from lightning_smoe.models.expert_count import COUNT_FIELDS, text_config
+from lightning_smoe.models.router import RouterTensor, assign, find_router_tensors
 
 _ROUTER_CHILDREN = ("gate", "router")
-_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
-_EXPERT_TENSORS = (
-    "gate_up_proj",
-    "up_proj",
-    "down_proj",
-    "gate_up_proj_bias",
-    "up_proj_bias",
-    "down_proj_bias",
-)
-
-
-@dataclass(frozen=True, eq=False)
-class RouterTensor:
-    """One tensor of a router that has an expert axis.
-
-    Args:
-        owner: Module that holds it.
-        attribute: Its name there.
-        axis: Which axis counts experts.
-        kind: `weight` maps hidden states to logits, `bias` is added to the logits, `selection` is
-            added only where experts are chosen (or scales them), as in DeepSeek-V3.
-    """
-
-    owner: nn.Module
-    attribute: str
-    axis: int
-    kind: Literal["weight", "bias", "selection"]
-
-    @property
-    def rows(self) -> Float[Tensor, "experts ..."]:
-        """The tensor with its expert axis first."""
-        tensor: Tensor = getattr(self.owner, self.attribute)
-        return tensor.movedim(self.axis, 0)
-
-    def set(self, rows: Tensor) -> None:
-        """Puts other rows in its place, in the type it had."""
-        _assign(self.owner, self.attribute, rows.movedim(0, self.axis))
 
 
 class MoELayer:
@@ -69,9 +36,14 @@ class MoELayer:
         self.name = name
         self.block = block
         self.experts: Any = children["experts"]
-        self.router: Any = next((children[k] for k in _ROUTER_CHILDREN if k in children), None)
-        self._refuse_unknown_layout()
-        self.router_tensors = list(self._find_router_tensors())
+        router = next((children[k] for k in _ROUTER_CHILDREN if k in children), None)
+        if router is None or not _is_understood(self.experts):
+            raise InputError(
+                f"{name}: the experts ({type(self.experts).__name__}) are laid out in a way that "
+                "is not understood; lightning_smoe/models/README.md lists the families that are"
+            )
+        self.router: Any = router
+        self.router_tensors = find_router_tensors(router, block, self.num_experts)
         self._refuse_unknown_router()
 
     @property
@@ -87,7 +59,8 @@ class MoELayer:
     @property
     def top_k(self) -> int:
         """Experts that the router selects for a token."""
-        return int(next(m.top_k for m in (self.router, self.block) if hasattr(m, "top_k")))
+        owner: Any = self.router if hasattr(self.router, "top_k") else self.block
+        return int(owner.top_k)
 
     @property
     def hidden_size(self) -> int:
@@ -175,8 +148,8 @@ class MoELayer:
         experts = self.experts
 
         def store(name: str, tensor: Tensor) -> None:
-            flip = experts.is_transposed and tensor.dim() > 2  # noqa: PLR2004 - biases have two axes
-            _assign(experts, name, tensor.transpose(1, 2) if flip else tensor)
+            flip = experts.is_transposed and tensor.dim() > 2  # biases have two axes
+            assign(experts, name, tensor.transpose(1, 2) if flip else tensor)
 
         prefix = "up"
         up, up_bias = weights.up_proj, weights.up_bias
@@ -203,7 +176,7 @@ class MoELayer:
 
     def router_logits(self, output: Any) -> Float[Tensor, "tokens experts"]:
         """Finds the raw logits in what the router returned."""
-        # transformers < 5.21 differs between families in the order: the logits have one column an expert.
+        # transformers < 5.21 differs in the order: the logits have one column an expert.
         found = output if isinstance(output, tuple) else (output,)
         logits: Tensor = next(
             t for t in found if t.is_floating_point() and t.shape[-1] == self.num_experts
@@ -229,32 +202,10 @@ class MoELayer:
         hidden = states @ (matrix if experts.is_transposed else matrix.T)
         if experts.has_bias:
             hidden = hidden + getattr(experts, f"{prefix}_bias")[expert]
-        activated: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        activated: Tensor = (
+            experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        )
         return activated
-
-    def _find_router_tensors(self) -> Iterator[RouterTensor]:
-        modules = [*self.router.modules(), self.block]
-        for module in modules:
-            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for attribute, tensor in named:
-                axis = 0 if tensor.shape[:1] == (self.num_experts,) else -1
-                if not tensor.dim() or tensor.shape[axis] != self.num_experts:
-                    continue
-                if tensor.dim() > 1 and axis == 0:
-                    yield RouterTensor(module, attribute, 0, "weight")
-                elif attribute == "bias":
-                    yield RouterTensor(module, attribute, axis, "bias")
-                elif attribute.endswith("bias") or attribute == "per_expert_scale":
-                    yield RouterTensor(module, attribute, axis, "selection")
-
-    def _refuse_unknown_layout(self) -> None:
-        flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
-        missing = [flag for flag in flags if not hasattr(self.experts, flag)]
-        if self.router is None or missing or getattr(self.experts, "has_post_expert_norm", False):
-            raise InputError(
-                f"{self.name}: the experts ({type(self.experts).__name__}) are laid out in a way that "
-                "is not understood; see lightning_smoe/models/README.md for the families that are"
-            )
 
     def _refuse_unknown_router(self) -> None:
         weights = [t for t in self.router_tensors if t.kind == "weight"]
@@ -262,23 +213,19 @@ class MoELayer:
         says_top_k = hasattr(self.router, "top_k") or hasattr(self.block, "top_k")
         if len(weights) != 1 or lookup or not says_top_k:
             raise InputError(
-                f"{self.name}: the router ({type(self.router).__name__}) is not one matrix with a row "
-                f"for each of the {self.num_experts} experts; this family cannot be compressed"
+                f"{self.name}: the router ({type(self.router).__name__}) is not one matrix with a "
+                f"row for each of {self.num_experts} experts; this family cannot be compressed"
             )
 
 
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    old: Tensor = getattr(module, name)
-    # A copy even where the layout already fits: a view would keep the old experts in memory.
-    new = value.to(old.dtype).clone(memory_format=torch.contiguous_format)
-    if isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    else:
-        setattr(module, name, new)
+def _is_understood(experts: Any) -> bool:
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
+    has_norm = getattr(experts, "has_post_expert_norm", False)
+    return all(hasattr(experts, flag) for flag in flags) and not has_norm
 
 
 def decoder_layer_of(name: str) -> tuple[str, int]:
-    """Splits `model.layers.3.mlp` into the path of the decoder layers and the number of this one."""
+    """Splits `model.layers.3.mlp` into the path of the decoder layers and the number, 3."""
     match = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", name)
     if match is None:
         raise InputError(f"{name}: an expert layer outside the decoder layers is not understood")
@@ -297,39 +244,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         return layers
     config = text_config(getattr(model, "config", None))
     family = getattr(config, "model_type", type(model).__name__)
-    if any(getattr(config, f, None) for f in _COUNT_FIELDS):
+    if any(getattr(config, f, None) for f in COUNT_FIELDS):
         raise InputError(f"the experts of {family} are laid out in a way that is not understood")
     raise InputError(
         f"the model ({family}) has no mixture-of-experts layer; name a checkpoint that has experts"
     )
-
-
-def text_config(config: Any) -> Any:
-    """The language model's part of a configuration."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def set_expert_count(model: nn.Module, count: int) -> None:
-    """Tells a model in memory, and its configuration, how many routed experts a layer has."""
-    config = text_config(model.config)
-    for field in _COUNT_FIELDS:
-        if field in config.__dict__:
-            setattr(config, field, count)
-    for module in (model, getattr(model, "model", None)):
-        if module is not None and isinstance(module.__dict__.get("num_experts"), int):
-            module.__dict__["num_experts"] = count
-
-
-def patch_expert_count(config: dict[str, Any], old: int, new: int) -> dict[str, Any]:
-    """Copies a config.json, changing nothing but the number of routed experts.
-
-    Raises:
-        InputError: No field of the file holds the old number.
-    """
-    patched = {k: patch_expert_count(v, old, new) if k == "text_config" else v for k, v in config.items()}
-    fields = [f for f in _COUNT_FIELDS if config.get(f) == old]
-    if not fields and patched == config:
-        raise InputError(
-            f"config.json names the {old} experts in none of {', '.join(_COUNT_FIELDS)}; add the field"
-        )
-    return {**patched, **dict.fromkeys(fields, new)}

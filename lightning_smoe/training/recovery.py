@@ -61,14 +61,16 @@ def select_trainable(model: PreTrainedModel, parts: Sequence[Part]) -> dict[str,
         InputError: The model has no such part.
     """
     model.requires_grad_("all" in parts)
-    counts = {}
+    counts: dict[str, int] = {}
     for part in parts:
         if part == "all":
             counts[part] = sum(p.numel() for p in model.parameters())
             continue
         chosen = [p for layer in find_moe_layers(model) for p in layer.parameters_of(part)]
         if not chosen:
-            raise InputError(f"model.recovery.trainable names {part}, which the model does not have")
+            raise InputError(
+                f"model.recovery.trainable names {part}, which the model does not have"
+            )
         for parameter in chosen:
             parameter.requires_grad_(True)
         counts[part] = sum(p.numel() for p in chosen)
@@ -89,6 +91,8 @@ class RecoveryModule(LightningModule):
         checkpoints: Folder for checkpoints; `last.ckpt` is the newest.
     """
 
+    _teacher: PreTrainedModel
+
     def __init__(
         self,
         student: PreTrainedModel,
@@ -108,7 +112,7 @@ class RecoveryModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Moves the teacher to the device where the student is trained."""
-        self._teacher.to(self.trainer.strategy.root_device)
+        self._teacher.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]  # transformers 5.23
 
     def teardown(self, stage: str) -> None:
         """Takes the teacher off the device."""
@@ -142,12 +146,12 @@ class RecoveryModule(LightningModule):
         if not bool(loss.isfinite()):
             documents = sorted(set(batch["document"][real].tolist()))
             raise RuntimeError(
-                f"the loss is {loss.item()} at step {self.global_step} (documents {documents}); lower "
-                "model.recovery.learning_rate; the last good checkpoint is in "
+                f"the loss is {loss.item()} at step {self.global_step} (documents {documents}); "
+                "lower model.recovery.learning_rate; the last good checkpoint is in "
                 f"{self._checkpoints}"
             )
         self.log("train/kl", loss, prog_bar=True)
-        self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]  # one
         return loss
 
     def on_validation_epoch_start(self) -> None:
