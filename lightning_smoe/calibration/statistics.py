@@ -20,6 +20,7 @@ from lightning_smoe.models.layer import MoELayer
 
 # Outputs of all experts for a block of tokens: 2**24 float32 numbers are 64 MB.
 _BLOCK_NUMBERS = 1 << 24
+_HEADER = "statistics"
 # Norm below which an output has no direction; far under any float32 activation that matters.
 _SMALLEST_NORM = 1e-20
 
@@ -87,10 +88,16 @@ def add_all(sums: ExpertSums, layer: MoELayer, tokens: RoutedTokens) -> None:
 def _outputs_of_all(
     layer: MoELayer, states: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, "experts tokens hidden"]:
-    rows = states.repeat(layer.num_experts, 1)
-    expert = torch.arange(layer.num_experts, device=states.device)
-    outputs = layer.expert_outputs(rows, expert.repeat_interleave(len(states)))
-    return outputs.view(layer.num_experts, len(states), -1).float()
+    weights = layer.weights()
+    outputs = torch.stack(
+        [
+            layer.activations(states, expert) @ weights.down_proj[expert].T
+            for expert in range(layer.num_experts)
+        ]
+    )
+    if weights.down_bias is not None:
+        outputs += weights.down_bias[:, None]
+    return outputs.float()
 
 
 def _add_block(
@@ -144,12 +151,10 @@ class Statistics:
             for name, sums in self.layers.items()
             for key, tensor in sums.tensors().items()
         }
-        header = {
-            "manifest": json.dumps(self.manifest.to_json()),
-            "domains": json.dumps(self.domains),
-        }
+        header = {"manifest": self.manifest.to_json(), "domains": self.domains}
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata=header)
+            # One entry: safetensors writes several in an order that differs from run to run.
+            save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
 
     @staticmethod
     def load(path: Path) -> "Statistics":
@@ -159,40 +164,39 @@ class Statistics:
             InputError: The file is damaged, or is not one of ours.
         """
         layers: dict[str, dict[str, Tensor]] = {}
-        header = read_header(path)
+        manifest, domains = read_header(path)
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 name, _, field = key.rpartition(":")
                 layers.setdefault(name, {})[field] = file.get_tensor(key)
-        manifest = Manifest.from_json(json.loads(header["manifest"]))
-        if manifest is None:
+        try:
+            sums = {n: ExpertSums(**fields) for n, fields in sorted(layers.items(), key=_by_layer)}
+        except TypeError as error:
             raise InputError(
-                f"{path} has no manifest; run calibrate again with model.overwrite true"
-            )
-        sums = {
-            name: ExpertSums(**fields) for name, fields in sorted(layers.items(), key=_by_layer)
-        }
-        return Statistics(sums, tuple(json.loads(header["domains"])), manifest)
+                f"{path} holds other sums than this version reads; delete it and calibrate again"
+            ) from error
+        return Statistics(sums, domains, manifest)
 
 
 def _by_layer(item: tuple[str, Any]) -> list[Any]:
     return [(len(part), part) for part in item[0].split(".")]
 
 
-def read_header(path: Path) -> dict[str, str]:
-    """Reads what made a statistics file, without its tensors.
+def read_header(path: Path) -> tuple[Manifest, tuple[str, ...]]:
+    """Reads what made a statistics file, and its domains, without its tensors.
 
     Raises:
         InputError: The file is damaged, or is not one of ours.
     """
     try:
         with safe_open(path, "pt") as file:
-            header: dict[str, str] = file.metadata() or {}
+            stored = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}); delete it and calibrate again") from error
-    if not {"manifest", "domains"} <= header.keys():
+    manifest = Manifest.from_json(stored.get("manifest"))
+    if manifest is None:
         raise InputError(f"{path} holds no statistics; delete it and calibrate again")
-    return header
+    return manifest, tuple(stored["domains"])
 
 
 def domain_of_positions(domain: Int[Tensor, " batch"], sequence: int) -> Int[Tensor, " positions"]:

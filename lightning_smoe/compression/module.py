@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_smoe.compression.apply import apply_layer, router_rows, tell_count
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan, Refit
+from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.compression.record import (
     bias_output,
     check_understood,
@@ -21,17 +21,17 @@ from lightning_smoe.compression.record import (
     record,
     set_output_weights,
 )
-from lightning_smoe.errors import InputError
+from lightning_smoe.compression.refit import refit_by_sweeps, refit_jointly
 from lightning_smoe.functional.moments import Moments
-from lightning_smoe.functional.refit import ridge_toward
+from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import router_features, router_targets
 from lightning_smoe.models.layer import MoELayer, decoder_layer_of
 from lightning_smoe.models.walk import WaitingBatch, decoder_layers, embed, run_layer
 
 logger = logging.getLogger(__name__)
 
-# Features of one joint refit: the products of 16,384 features take 2 GB.
-_MOST_FEATURES = 16384
+# Features of one system of equations: the products of 8,192 features take 0.5 GB.
+_MOST_FEATURES = 8192
 
 
 class CompressionModule(LightningModule):
@@ -153,23 +153,15 @@ class CompressionModule(LightningModule):
         refit: Refit,
     ) -> str:
         before = output_weights(layer)
-        if before.shape[1] > _MOST_FEATURES:
-            raise InputError(
-                f"{layer.name}: the joint refit of {before.shape[1]} features needs more than "
-                f"{_MOST_FEATURES**2 * 8 / 1e9:.0f} GB; set model.recipe.init_args.refit to null"
-            )
-        moments = Moments.zeros(before.shape[1], before.shape[0], self.device)
+        records = []
         for number, (batch, target) in enumerate(pairs):
             block, _ = record(layer, batch.is_token, _runner(decoder, batch, layer.index))
-            features = output_features(layer, block)
             if number == 0:
-                check_understood(layer, block, features.values)
-            wanted = target - bias_output(layer, block)
-            moments.add(features.values, wanted, features.blocks)
-        moments = moments.reduced(self._sum_over_processes)
-        after = ridge_toward(before, moments.gram, moments.cross, refit.strength)
+                check_understood(layer, block, output_features(layer, block).values)
+            records.append((block, target - bias_output(layer, block)))
+        fit = refit_jointly if before.shape[1] <= _MOST_FEATURES else refit_by_sweeps
+        after, errors = fit(layer, records, before, refit.strength, reduce=self._sum_over_processes)
         set_output_weights(layer, after)
-        errors = [moments.error(w).item() for w in (before, after)]
         return f", layer error {errors[0]:.3f} -> {errors[1]:.3f} of the output's energy"
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:

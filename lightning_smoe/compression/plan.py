@@ -8,37 +8,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_smoe.compression.strategy import from_spec, to_spec
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.merging import Average, Merger
+from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import Grouping, RouterRepair, Slice
 from lightning_smoe.models.artifact import Manifest, replacing, write_json
 from lightning_smoe.models.layer import MoELayer
 
 _SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Refit:
-    """Closed-form refit of the output matrices of the kept experts and of the shared expert.
-
-    All output matrices of a layer are fitted together to the original layer's output, under the
-    compressed model's own routing and inputs, one layer after the other:
-    `W = W_0 + (Y - W_0 Phi) Phi^T (Phi Phi^T + lam I)^-1`.
-
-    Args:
-        strength: lam relative to the mean energy of a feature, above 0; shrinks toward the weights
-            before the refit. 0.1 is safe from three calibration tokens a feature upward.
-    """
-
-    strength: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not self.strength > 0:
-            raise ValueError(f"strength={self.strength} must be above 0")
+_KEYS = {"schema", "model", "router", "merger", "refit", "align", "layers", "manifest"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +63,7 @@ class LayerPlan:
 
         Raises:
             InputError: The layer has another number of experts, an expert is in two places or in
-                none, a slot is empty, or fewer slots are left than the router selects.
+                none, a slot is empty, a share is below 0, or the router needs more slots.
         """
         if layer.num_experts != self.num_experts:
             raise InputError(
@@ -97,8 +80,11 @@ class LayerPlan:
                 )
         if not all(self.groups):
             raise InputError(f"{self.name}: the plan has an empty group; remove it")
-        if self.weights is not None and len(self.weights) != self.num_experts:
-            raise InputError(f"{self.name}: plan.safetensors has {len(self.weights)} weights")
+        shares = torch.ones(self.num_experts) if self.weights is None else self.weights
+        if len(shares) != self.num_experts or not bool((shares >= 0).all()):
+            raise InputError(
+                f"{self.name}: plan.safetensors must give {self.num_experts} shares of 0 or more"
+            )
         if len(self.groups) < layer.top_k:
             raise InputError(
                 f"{self.name}: the plan keeps {len(self.groups)} experts but the router selects "
@@ -147,13 +133,9 @@ class CompressionPlan:
     @staticmethod
     def identity(layers: Sequence[MoELayer]) -> "CompressionPlan":
         """The plan that changes nothing."""
-        return CompressionPlan(
-            tuple(
-                LayerPlan(layer.name, n, tuple((e,) for e in range(n)))
-                for layer in layers
-                for n in [layer.num_experts]
-            )
-        )
+        counts = {layer.name: layer.num_experts for layer in layers}
+        plans = (LayerPlan(n, c, tuple((e,) for e in range(c))) for n, c in counts.items())
+        return CompressionPlan(tuple(plans))
 
     @property
     def reads_tokens(self) -> bool:
@@ -210,12 +192,12 @@ class CompressionPlan:
         """Reads a plan, written by `save` or by hand.
 
         Raises:
-            InputError: It is not JSON, or a key is missing or of another kind.
+            InputError: It is not JSON, a key is missing or wrong, or its shares are damaged.
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return _read(stored, path.with_suffix(".safetensors"))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, SafetensorError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -225,7 +207,11 @@ class CompressionPlan:
 
 
 def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
+    unknown = stored.keys() - _KEYS
+    if unknown:
+        raise ValueError(f"unknown keys {sorted(unknown)}")
     weights = load_file(beside) if beside.exists() else {}
+    weights = {name: shares.double() for name, shares in weights.items()}
     layers = tuple(
         LayerPlan(
             layer["name"],
@@ -236,9 +222,9 @@ def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
         )
         for layer in stored["layers"]
     )
-    specs = {"router": RouterRepair, "merger": Merger, "refit": Refit}
+    kinds = {"router": RouterRepair, "merger": Merger, "refit": Refit}
     built: dict[str, Any] = {
-        k: from_spec(stored[k], kind) for k, kind in specs.items() if stored.get(k)
+        k: from_spec(stored[k], kind) for k, kind in kinds.items() if stored.get(k)
     }
     return CompressionPlan(
         layers,

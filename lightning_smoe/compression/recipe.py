@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from lightning_smoe.compression.plan import Refit
 from lightning_smoe.functional.clustering import Clusterer, GateMassWard
 from lightning_smoe.functional.distance import Distance, Output
 from lightning_smoe.functional.merging import Average, Merger
+from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import LogSumExp, RouterRepair, Slice
 from lightning_smoe.functional.saliency import Frequency, Reap, Saliency
 from lightning_smoe.functional.sums import ExpertSums

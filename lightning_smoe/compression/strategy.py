@@ -1,6 +1,6 @@
 """Strategies as data: a frozen dataclass to and from its class path and settings."""
 
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -10,24 +10,41 @@ T = TypeVar("T")
 
 
 def to_spec(strategy: Any) -> dict[str, Any] | None:
-    """Writes a strategy (a frozen dataclass of plain settings) as a class path and its settings."""
+    """Writes a strategy (a frozen dataclass) as its class path and settings, nested ones alike."""
     if strategy is None:
         return None
     kind = type(strategy)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(strategy)}
+    settings = {field.name: getattr(strategy, field.name) for field in fields(strategy)}
+    return {
+        "class_path": f"{kind.__module__}.{kind.__qualname__}",
+        "init_args": {k: to_spec(v) if is_dataclass(v) else v for k, v in settings.items()},
+    }
 
 
-def from_spec(spec: dict[str, Any], kind: type[T]) -> T:
+def from_spec(spec: Any, kind: type[T]) -> T:
     """Builds a strategy from its class path and settings.
+
+    Args:
+        spec: What `to_spec` wrote, or a person.
+        kind: What it must be.
 
     Raises:
         InputError: There is no such class, it is of another kind, or it refuses its settings.
     """
     try:
         module, _, name = spec["class_path"].rpartition(".")
-        strategy = getattr(import_module(module), name)(**spec.get("init_args", {}))
+        strategy = getattr(import_module(module), name)
+        settings = dict(spec.get("init_args", {}))
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{spec} does not describe a {kind.__name__}: {error}") from error
-    if not isinstance(strategy, kind):
+    # Before it is called: a plan must not be able to run any function there is.
+    if not (is_dataclass(strategy) and isinstance(strategy, type) and issubclass(strategy, kind)):
         raise InputError(f"{spec['class_path']} is not a {kind.__name__}")
-    return strategy
+    for key, value in settings.items():
+        if isinstance(value, dict) and "class_path" in value:
+            settings[key] = from_spec(value, object)
+    try:
+        built: T = strategy(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{spec} does not describe a {kind.__name__}: {error}") from error
+    return built

@@ -1,8 +1,42 @@
 """Linear maps fitted in closed form: output projections, and router rows of merged experts."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+
+# Products are summed from float32: a smaller shrinkage is lost in their rounding.
+_SMALLEST_STRENGTH = 1e-6
+
+
+def check_strength(strength: float) -> None:
+    """Refuses a shrinkage that cannot hold a system of equations together.
+
+    Raises:
+        ValueError: It is below 1e-6.
+    """
+    if not strength >= _SMALLEST_STRENGTH:
+        raise ValueError(f"strength={strength} must be at least {_SMALLEST_STRENGTH:.0e}")
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Closed-form refit of the output matrices of the kept experts and of the shared expert.
+
+    All output matrices of a layer are fitted together to the original layer's output, under the
+    compressed model's own routing and inputs, one layer after the other:
+    `W = W_0 + (Y - W_0 Phi) Phi^T (Phi Phi^T + lam I)^-1`.
+
+    Args:
+        strength: lam relative to the mean energy of a feature, at least 1e-6; shrinks toward
+            the weights before the refit. 0.1 is safe from three calibration tokens a feature upward.
+    """
+
+    strength: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
 
 
 def ridge_toward(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from lightning_smoe.functional.moments import Moments
-from lightning_smoe.functional.refit import log_sum_exp_targets, ridge_toward
+from lightning_smoe.functional.refit import check_strength, log_sum_exp_targets, ridge_toward
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +119,14 @@ class LogSumExp(RouterRepair):
     is the limit of small gates. A slot of one keeps its row.
 
     Args:
-        strength: lam relative to the mean energy of a feature, above 0.
+        strength: lam relative to the mean energy of a feature, at least 1e-6.
     """
 
     needs_tokens: ClassVar[bool] = True
     strength: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.strength > 0:
-            raise ValueError(f"strength={self.strength} must be above 0")
+        check_strength(self.strength)
 
     def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
         if moments is None:
@@ -138,7 +137,8 @@ class LogSumExp(RouterRepair):
             features = torch.cat([start.weight, start.bias[:, None]], dim=1)
         fitted = ridge_toward(features, moments.gram, moments.cross, self.strength)
         size = start.weight.shape[1]
-        single = torch.bincount(grouping.assignment[grouping.assignment >= 0]) == 1
+        members = torch.bincount(grouping.assignment[grouping.assignment >= 0])
+        single = (members == 1).to(start.weight.device)
         weight = torch.where(single[:, None], start.weight, fitted[:, :size])
         bias = None if start.bias is None else torch.where(single, start.bias, fitted[:, size])
         return RouterRows(weight, bias)

@@ -102,20 +102,25 @@ def replacing(path: Path) -> Iterator[Path]:
     Whatever goes wrong, `path` is afterwards what it was before, and the sibling is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    for stale in (partial, old):
+        _remove(stale)
     try:
         yield partial
+        # A folder cannot be renamed over another, and deleting the old one first would lose it.
         if path.is_dir():
-            shutil.rmtree(path)
+            path.replace(old)
         partial.replace(path)
     except BaseException:
+        if old.exists() and not path.exists():
+            old.replace(path)
         _remove(partial)
         raise
+    _remove(old)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -124,7 +129,7 @@ def _remove(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as readable JSON, whole or not at all."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

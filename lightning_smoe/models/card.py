@@ -1,5 +1,6 @@
 """The model card that goes with a compressed checkpoint."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import yaml
 
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.folder import CheckpointFolder
+
+logger = logging.getLogger(__name__)
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 
@@ -87,8 +90,13 @@ def _front_matter(source: CheckpointFolder) -> dict[str, Any]:
     """The fields of the original's card that hold for the compressed model too."""
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     card = source.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
-    if text.startswith("---\n"):
-        original = yaml.safe_load(text.split("---\n")[1]) or {}
-        fields |= {k: v for k, v in original.items() if k in _KEPT_FIELDS}
+    try:
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+        found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+        original = dict(found or {})
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        # The card comes after the work: it must not cost the compressed model.
+        logger.warning("%s cannot be read, add its licence by hand (%s)", card, error)
+        original = {}
+    fields |= {k: v for k, v in original.items() if k in _KEPT_FIELDS}
     return fields | {"base_model": source.path.name}

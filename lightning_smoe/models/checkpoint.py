@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightning_smoe.errors import InputError
@@ -39,16 +41,15 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         InputError: The folder is missing, damaged, or lacks tensors that its configuration needs.
     """
     folder = open_checkpoint(checkpoint)
-    config = AutoConfig.from_pretrained(folder.path)
-    model_class = _sized(_causal_lm_class(config, folder.path), folder.experts_per_layer)
+    config, model_class = _understood(folder)
     try:
         # Any: transformers declares no type for the pair that it returns here.
-        loaded: Any = model_class.from_pretrained(
+        loaded: Any = _sized(model_class, folder.experts_per_layer).from_pretrained(
             folder.path, config=config, dtype=dtype, output_loading_info=True
         )
     except (RuntimeError, KeyError) as error:
         raise InputError(f"{folder.path} cannot be loaded: {error}") from error
-    model: PreTrainedModel = loaded[0]
+    model: PreTrainedModel = loaded[0].eval()
     report: dict[str, Any] = loaded[1]
     if report["missing_keys"] or report["mismatched_keys"]:
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))
@@ -60,7 +61,6 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         extra = sorted(map(str, report["unexpected_keys"]))
         logger.warning("%s: %d tensors are not used, such as %s", folder.path, len(extra), extra[0])
     _align(model)
-    model.eval()
     return model
 
 
@@ -77,20 +77,27 @@ def _align(model: nn.Module) -> None:
 
 def outline(folder: CheckpointFolder) -> PreTrainedModel:
     """Builds the model of a folder without any weight (on the meta device), to look at."""
-    config = AutoConfig.from_pretrained(folder.path)
-    model_class = _sized(_causal_lm_class(config, folder.path), folder.experts_per_layer)
+    return _outline(folder, folder.experts_per_layer)
+
+
+def _outline(folder: CheckpointFolder, counts: Mapping[int, int]) -> PreTrainedModel:
+    config, model_class = _understood(folder)
     with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config)
+        model: PreTrainedModel = _sized(model_class, counts)._from_config(config)
     return model
 
 
-def _causal_lm_class(config: Any, path: Path) -> type[PreTrainedModel]:
+def _understood(folder: CheckpointFolder) -> tuple[Any, type[PreTrainedModel]]:
+    """The configuration of a folder and the class of transformers for it."""
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    except (KeyError, ValueError, StrictDataclassError) as error:
+        raise InputError(f"{folder.path}/config.json is not understood: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{path} is no causal language model but a {config.model_type}")
+        raise InputError(f"{folder.path} is no causal language model but a {config.model_type}")
     # Any: the mapping is declared for pairs of classes too, which this one never holds.
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model_class: type[PreTrainedModel] = found
-    return model_class
+    return config, found
 
 
 def _sized(model_class: type[PreTrainedModel], counts: Mapping[int, int]) -> type[PreTrainedModel]:
@@ -124,8 +131,9 @@ def save(
 ) -> None:
     """Writes a compressed model beside the files of its original, and proves that it reloads.
 
-    The weights of `model` are rounded in place to the type in which they are stored. The folder
-    appears only after it was reloaded and gave the same logits bit for bit.
+    The weights of `model` are rounded in place to the type in which they are stored, and it is put
+    in evaluation mode. The folder appears only after it was reloaded and gave the same weights and
+    logits bit for bit.
 
     Args:
         model: The model, in memory.
@@ -137,7 +145,7 @@ def save(
 
     Raises:
         OSError: No space is left on the disk; nothing is written.
-        InputError: The reloaded folder does not give the model's logits.
+        InputError: The reloaded folder does not give the model's weights or logits.
     """
     counts = {layer.index: layer.num_experts for layer in find_moe_layers(model)}
     config, uneven = _counted_config(source, counts)
@@ -150,10 +158,9 @@ def save(
                 file.unlink()
         for file in source.other_files:
             shutil.copyfile(file, partial / file.name)
-        (partial / "config.json").write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        )
-        (partial / "README.md").write_text(card)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (partial / "config.json").write_text(text, "utf-8")
+        (partial / "README.md").write_text(card, "utf-8")
         stored = {"schema": 1, "experts_per_layer": uneven, "manifest": manifest.to_json()}
         (partial / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
         verify(partial, model)
@@ -163,9 +170,10 @@ def _counted_config(
     source: CheckpointFolder, counts: dict[int, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The configuration for these counts, and the layers whose count it cannot say."""
-    original = {layer.index: layer.num_experts for layer in find_moe_layers(outline(source))}
-    if len(set(counts.values())) == 1 == len(set(original.values())):
-        old, new = next(iter(original.values())), next(iter(counts.values()))
+    # What config.json says, also where the layers of the source differ from it.
+    stated = {layer.num_experts for layer in find_moe_layers(_outline(source, {}))}
+    if len(set(counts.values())) == 1 == len(stated):
+        old, new = stated.pop(), next(iter(counts.values()))
         config = source.config if old == new else patch_expert_count(source.config, old, new)
         return config, {}
     return source.config, {str(index): count for index, count in counts.items()}
@@ -174,21 +182,29 @@ def _counted_config(
 @torch.no_grad()
 def _round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> dict[str, torch.Tensor]:
     """Rounds every weight to the type it has in the source, and returns the state to store."""
-    common = _common_type(source)
     state: dict[str, torch.Tensor] = {}
     by_address: dict[int, torch.Tensor] = {}
     for key, tensor in model.state_dict().items():
-        stored = source.tensors.get(key, {}).get("dtype", common)
         if not tensor.is_floating_point():
             state[key] = tensor
         elif tensor.data_ptr() in by_address:
             # Tied weights stay one tensor, so that they are stored once.
             state[key] = by_address[tensor.data_ptr()]
         else:
+            stored = _stored_type(model, source, key, tensor)
             state[key] = tensor.to(_TORCH_TYPES.get(stored, tensor.dtype))
             tensor.copy_(state[key])
             by_address[tensor.data_ptr()] = state[key]
     return state
+
+
+def _stored_type(
+    model: PreTrainedModel, source: CheckpointFolder, key: str, tensor: torch.Tensor
+) -> str:
+    """The type that a tensor of the model has in a folder, which may name it otherwise."""
+    names = revert_weight_conversion(model, {key: tensor.to("meta")})
+    found = {source.tensors[name]["dtype"] for name in names if name in source.tensors}
+    return str(found.pop()) if len(found) == 1 else _common_type(source)
 
 
 def _common_type(source: CheckpointFolder) -> str:
@@ -205,14 +221,23 @@ def stored_bytes(model: nn.Module, source: CheckpointFolder) -> int:
 
 @torch.no_grad()
 def verify(folder: Path, model: PreTrainedModel) -> None:
-    """Reloads a folder and compares its logits with those of the model in memory.
+    """Reloads a folder; compares its weights and logits with the model's, in evaluation mode.
 
     Raises:
         InputError: They differ in a single bit, or a tensor is missing.
     """
+    # A router may draw at random while it is trained.
+    model.eval()
     device = next(model.parameters()).device
     reloaded = load(folder, next(model.parameters()).dtype)
     reloaded.to(device)  # type: ignore[arg-type]  # declared wrongly in transformers 5.23
+    stored = reloaded.state_dict()
+    changed = [k for k, t in model.state_dict().items() if not torch.equal(t, stored[k])]
+    if changed:
+        raise InputError(
+            f"{folder} does not give the model's weights when reloaded ({', '.join(changed)}); "
+            "please report this with the family of the model"
+        )
     size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # Any module
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (1, _VERIFY_TOKENS), generator=generator).to(device)

@@ -49,8 +49,10 @@ class CheckpointFolder:
         """The files that hold the weights."""
         if (self.path / _SINGLE).exists():
             return [self.path / _SINGLE]
-        names = set(_read_json(self.path / _INDEX)["weight_map"].values())
-        return [self.path / name for name in sorted(names)]
+        files = _read_json(self.path / _INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise InputError(f"{self.path / _INDEX} has no weight_map; copy the file again")
+        return [self.path / name for name in sorted(set(files.values()))]
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:
@@ -100,7 +102,7 @@ def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
             f"{path} has no {_SINGLE} and no {_INDEX}; only safetensors weights are read: "
             "save the model once with transformers' save_pretrained"
         )
-    if "quantization_config" in folder.config:
+    if folder.config.get("quantization_config"):
         raise InputError(f"{path} is quantised; compress the original weights, then quantise again")
     for shard in folder.shards:
         _check_whole(shard)
@@ -109,12 +111,16 @@ def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
 
 def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
             f"there is no folder {name}, and the Hugging Face hub did not give {name}: "
             f"{str(error).splitlines()[0]}"
@@ -123,9 +129,11 @@ def _fetch(name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); copy the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object; copy the file again")
     return value
 
 
@@ -136,6 +144,18 @@ def _header(shard: Path) -> dict[str, dict[str, Any]]:
     return {k: v for k, v in header.items() if k != "__metadata__"}
 
 
+# What reading a header raises where the file holds something else.
+_NO_HEADER = (
+    AttributeError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
 def _check_whole(shard: Path) -> None:
     if not shard.exists():
         raise InputError(f"{shard}, named in {_INDEX}, is not there; copy the checkpoint again")
@@ -144,7 +164,7 @@ def _check_whole(shard: Path) -> None:
         with shard.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
         ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
-    except (struct.error, ValueError, KeyError, MemoryError, OverflowError) as error:
+    except _NO_HEADER as error:
         raise InputError(f"{shard} is not a safetensors file ({error}); copy it again") from error
     expected, found = 8 + length + max(ends, default=0), shard.stat().st_size
     if expected != found:

@@ -75,13 +75,13 @@ class MoELayer:
     @property
     def num_router_groups(self) -> int:
         """Equal contiguous groups of experts among which the router first chooses (1 = none)."""
-        names = ("n_group", "num_group")
-        return max(int(getattr(self.router, n, None) or 1) for n in names)
+        return max(int(getattr(self.router, n, None) or 1) for n in ("n_group", "num_group"))
 
     @property
     def min_experts_per_router_group(self) -> int:
-        """Experts that a router group must keep: DeepSeek-V3 scores a group by its two best."""
-        return 2 if self.num_router_groups > 1 else 1
+        """Experts that a router group must keep: two score it, and a token's groups hold top_k."""
+        chosen = int(getattr(self.router, "topk_group", None) or 1)
+        return max(2, -(-self.top_k // chosen)) if self.num_router_groups > 1 else 1
 
     @property
     def shared_expert(self) -> tuple[nn.Linear, nn.Module | None] | None:
@@ -202,9 +202,8 @@ class MoELayer:
         hidden = states @ (matrix if experts.is_transposed else matrix.T)
         if experts.has_bias:
             hidden = hidden + getattr(experts, f"{prefix}_bias")[expert]
-        activated: Tensor = (
-            experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        )
+        activate = experts._apply_gate if experts.has_gate else experts.act_fn
+        activated: Tensor = activate(hidden)
         return activated
 
     def _refuse_unknown_router(self) -> None:
