@@ -2,25 +2,25 @@
 
 import difflib
 import errno
-import logging
+import os
 import re
+import signal
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
+from safetensors import SafetensorError
 
 from lightning_smoe import __version__
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import Experiment
+from lightning_smoe.show import set_up_screen
 from lightning_smoe.trainer import SMoETrainer
 
 # Verb -> method of the trainer, and whether it works on an experiment or looks at a folder.
@@ -47,50 +47,53 @@ _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 
-# Lightning's advice where it is wrong here: all tokens are in memory, so loaders need no workers;
-# training and validation share a folder of checkpoints on purpose.
-_NOISE = (
-    ".*does not have many workers.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*The `srun` command is available.*",
-    ".*in eval mode at the start of training.*",
-    ".*instantiate_classes.*",
-    ".*LeafSpec.* is deprecated.*",
-)
-
 
 class SMoEParser(LightningArgumentParser):
     """A parser that guesses what a misspelt key was meant to be."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with a guess, and exits with code 2."""
+        if message.startswith("the following arguments are required"):
+            message = re.sub(rf"\b({'|'.join(_VERBS)})\.", "--", message)
         wrong = re.search(r"(?:option|arguments?:?|key) [\"'`]?-*([\w.]+)", message)
         hint = self._closest(wrong.group(1)) if wrong else None
         super().error(f"{message}\n  Did you mean {hint}?" if hint else message, ex)
 
     def _closest(self, wrong: str) -> str | None:
-        known = [action.dest for action in self._actions if "." in action.dest]
-        near = difflib.get_close_matches(wrong, known, 1) or difflib.get_close_matches(
-            wrong.rsplit(".", maxsplit=1)[-1], [k.rsplit(".", maxsplit=1)[-1] for k in known], 1
-        )
-        if not near or near[0] == wrong:
-            return None
-        return next(k for k in known if k == near[0] or k.endswith(f".{near[0]}"))
+        keys = self._keys()
+        short = {key.rsplit(".", maxsplit=1)[-1]: key for key in keys}
+        near = difflib.get_close_matches(wrong, keys, 1)
+        near = near or difflib.get_close_matches(wrong.rsplit(".", maxsplit=1)[-1], short, 1)
+        return None if wrong in keys or not near else short.get(near[0], near[0])
+
+    def _keys(self) -> list[str]:
+        """Keys of this parser, or of its verbs' parsers, which it also reads files for."""
+        verbs = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        if verbs:
+            return [key for parser in verbs[0].values() for key in parser._keys()]
+        return [a.dest for a in self._actions if not a.dest.endswith("help")]
 
 
 class SMoECLI(LightningCLI):
     """LightningCLI with the verbs of `SMoETrainer` in the place of Lightning's.
 
     Args:
-        args: Command line; that of the process if none.
+        words: Command line without the program's name.
         kwargs: As for LightningCLI.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
-        words = sys.argv[1:] if args is None else list(args)
+    def __init__(self, words: Sequence[str], **kwargs: Any) -> None:
         # Only the parser that will be used is filled: each costs a third of a second.
         self._verb = next((word for word in words if word in _VERBS), None)
-        super().__init__(args=args if args is None else words, **kwargs)
+        super().__init__(args=list(words), **kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the command line, in which `inspect X` means `inspect --checkpoint X`."""
+        looks = self._verb is not None and not _VERBS[self._verb][1]
+        place = args.index(self._verb) + 1 if looks else len(args)
+        if place < len(args) and not args[place].startswith("-"):
+            args.insert(place, "--checkpoint")
+        self.config = parser.parse_args(args)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that guesses."""
@@ -111,7 +114,8 @@ class SMoECLI(LightningCLI):
             doc = getattr(SMoETrainer, method).__doc__ or ""
             line = doc.split("\n", maxsplit=1)[0]
             # Without a usage of its own every error would print a page of it.
-            verb_parser = self.init_parser(description=line, usage="%(prog)s [options]")
+            usage = f"%(prog)s {'' if on_experiment else 'CHECKPOINT '}[options]"
+            verb_parser = self.init_parser(description=line, usage=usage)
             self._subcommand_parsers[verb] = verb_parser
             if verb == self._verb:
                 added = self._add_verb(verb_parser, method, on_experiment)
@@ -150,11 +154,18 @@ class SMoECLI(LightningCLI):
         return SMoETrainer(**settings)
 
     def instantiate_classes(self) -> None:
-        """Builds experiment, text and trainer."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-        self.trainer = self.instantiate_trainer()
+        """Builds experiment, text and trainer.
+
+        Raises:
+            InputError: One of them refuses a setting.
+        """
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.datamodule = self._get(self.config_init, "data")
+            self.model = self._get(self.config_init, "model")
+            self.trainer = self.instantiate_trainer()
+        except (ValueError, MisconfigurationException) as error:
+            raise InputError(str(error)) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         method, on_experiment = _VERBS[subcommand]
@@ -167,7 +178,9 @@ class SMoECLI(LightningCLI):
         getattr(self.trainer, method)(model=self.model, datamodule=self.datamodule, **options)
         if self.trainer.is_global_zero:
             path = Path(self.model.output_dir) / "config.yaml"
-            config = self.config[subcommand]
+            config = self.config[subcommand].clone()
+            for name in options:  # what only this verb takes, other verbs would refuse
+                del config[name]
             self._parser(subcommand).save(config, path, overwrite=True, skip_none=False)
 
 
@@ -179,9 +192,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Command line without the program's name; that of the process if none.
     """
-    _set_up_screen()
+    set_up_screen()
+    # As Ctrl-C: Lightning's own handler would let a step end, or end training with code 0.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _exiting_on_bad_input():
         SMoECLI(
+            sys.argv[1:] if args is None else args,
             trainer_class=SMoETrainer,
             seed_everything_default=42,
             auto_configure_optimizers=False,
@@ -191,7 +207,6 @@ def main(args: Sequence[str] | None = None) -> None:
                 "version": __version__,
                 "description": "Compresses mixture-of-experts language models.",
             },
-            args=args,
         )
 
 
@@ -201,36 +216,19 @@ def _exiting_on_bad_input() -> Iterator[None]:
         yield
     except InputError as error:
         _exit(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns an interrupt within a loop into an exit.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        _exit("interrupted; the same command goes on where it was interrupted", 130)
+    except (OSError, SafetensorError) as error:
+        # The error of safetensors has no number, only the text.
+        full = os.strerror(errno.ENOSPC) in str(error)
+        if not full and getattr(error, "errno", None) != errno.ENOSPC:
             raise
         _exit(f"no space is left on the disk: {error}; free some, or name another model.output_dir")
 
 
-def _exit(message: str) -> NoReturn:
+def _exit(message: str, code: int = 2) -> NoReturn:
     sys.stderr.write(f"error: {message}\n")
-    sys.exit(2)
-
-
-class _ScreenHandler(logging.Handler):
-    """Writes messages of the first process above a progress bar that may be on the screen."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes one message."""
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
-            console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-            console.print(self.format(record))
-
-
-def _set_up_screen() -> None:
-    """Shows this project's progress, and of the libraries what a person can act on."""
-    for pattern in _NOISE:
-        warnings.filterwarnings("ignore", pattern)
-    transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    log = logging.getLogger("lightning_smoe")
-    if not log.handlers:
-        log.addHandler(_ScreenHandler())
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    sys.exit(code)

@@ -78,15 +78,21 @@ class Workspace:
         for layer in self.chosen:
             experts_to_keep(experiment.keep, layer)
         self.folder = Path(experiment.output_dir)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"model.output_dir={self.folder} is a file; name a folder")
-        self._refuse_to_write_into_the_original()
+        self._check_folder()
 
-    def _refuse_to_write_into_the_original(self) -> None:
+    def _check_folder(self) -> None:
         source, target = self.source.path.resolve(), self.folder.resolve()
+        there = next(path for path in (target, *target.parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"model.output_dir={self.folder}: {there} is a file; name a folder")
         if source == target or source in target.parents:
             raise InputError(
                 f"model.output_dir={self.folder} lies in the original; name another folder"
+            )
+        if source in (target / "compressed", target / "recovered"):
+            raise InputError(
+                f"model.output_dir={self.folder} would replace the original, {self.source.path}; "
+                "name another folder"
             )
 
     @property
@@ -140,10 +146,10 @@ class Workspace:
         return Manifest("calibrate", {**inputs, "all_experts": needed})
 
     def found_statistics(self) -> Manifest | None:
-        """What the statistics that are there were made from."""
-        if not self.statistics_path.exists():
+        """What the statistics that are there, and are to stay, were made from."""
+        if not self.statistics_path.exists() or self.experiment.overwrite:
             return None
-        return Manifest.from_json(json.loads(read_header(self.statistics_path)["manifest"]))
+        return read_header(self.statistics_path)[0]
 
     @property
     def plan_manifest(self) -> Manifest:

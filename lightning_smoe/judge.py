@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Prune
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.perplexity import EvaluationModule
-from lightning_smoe.evaluation.report import Judged, to_table, write_report
+from lightning_smoe.evaluation.report import TEACHER, Judged, to_table, write_report
 from lightning_smoe.experiment import Workspace
 from lightning_smoe.functional.saliency import Frequency, Reap
 from lightning_smoe.models.artifact import Manifest
-from lightning_smoe.models.checkpoint import load, stored_bytes
+from lightning_smoe.models.checkpoint import load, outline, stored_bytes
+from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.pipeline import read_seconds
@@ -32,7 +33,37 @@ _BASELINES = {"prune-frequency": Frequency(), "prune-reap": Reap()}
 _STEPS_OF = {"compressed": ("calibrate", "plan", "compress"), "recovered": ("fit",)}
 
 
-def evaluate(trainer: Trainer, work: Workspace, others: list[Path]) -> None:
+def check_others(work: Workspace, others: Sequence[Path]) -> None:
+    """Checks further checkpoint folders before any work.
+
+    Raises:
+        InputError: A folder is no checkpoint with experts, has the name of another model of the
+            report, or another vocabulary than the original.
+    """
+    vocab_size = text_config(outline(work.source).config).vocab_size
+    for name, path in _name(others).items():
+        model = outline(open_checkpoint(path))
+        find_moe_layers(model)
+        found = text_config(model.config).vocab_size
+        if found != vocab_size:
+            raise InputError(
+                f"--others: {name} has a vocabulary of {found} tokens and the original of "
+                f"{vocab_size}; only models of one vocabulary can be compared"
+            )
+
+
+def _name(others: Sequence[Path]) -> dict[str, Path]:
+    """Names folders by their last part."""
+    folders: dict[str, Path] = {}
+    for path in others:
+        name = path.resolve().name
+        if name in (*folders, *_BASELINES, TEACHER, "compressed", "recovered"):
+            raise InputError(f"--others: two models would be named {name}; rename the folder")
+        folders[name] = open_checkpoint(path).path
+    return folders
+
+
+def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> None:
     """Writes report.json and report.md, and shows the table.
 
     Args:
@@ -40,7 +71,8 @@ def evaluate(trainer: Trainer, work: Workspace, others: list[Path]) -> None:
         work: The experiment.
         others: Further checkpoint folders to judge, named by their last part.
     """
-    folders = _folders(work, others)
+    own = {"compressed": work.compressed_path, "recovered": work.recovered_path}
+    folders = {name: path for name, path in own.items() if path.exists()} | _name(others)
     wanted = work.report_manifest(folders)
     found = _read(work.report_path)
     manifest = Manifest.from_json(found.get("manifest"))
@@ -56,16 +88,6 @@ def evaluate(trainer: Trainer, work: Workspace, others: list[Path]) -> None:
         logger.info("evaluate: %s is there already, made from the same inputs", work.report_path)
     if trainer.is_global_zero:
         _show(work, found, folders)
-
-
-def _folders(work: Workspace, others: list[Path]) -> dict[str, Path]:
-    own = {"compressed": work.compressed_path, "recovered": work.recovered_path}
-    folders = {name: path for name, path in own.items() if path.exists()}
-    for path in others:
-        if path.name in (*folders, *_BASELINES):
-            raise InputError(f"--others: two models would be named {path.name}; rename the folder")
-        folders[path.name] = open_checkpoint(path).path
-    return folders
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,16 +1,55 @@
-"""Looking at a checkpoint folder: what is in it, and what it writes."""
+"""What a person sees: progress of a run, what is in a checkpoint folder, and what it writes."""
 
+import logging
+import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from transformers import AutoTokenizer, TextStreamer
+from transformers.utils import logging as transformers_logging
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
+
+# Lightning's advice where it is wrong here: all tokens are in memory, so loaders need no workers;
+# training and validation share a folder of checkpoints on purpose.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The `srun` command is available.*",
+    ".*in eval mode at the start of training.*",
+    ".*instantiate_classes.*",
+    ".*LeafSpec.* is deprecated.*",
+)
+
+
+class _ScreenHandler(logging.Handler):
+    """Writes messages of the first process above a progress bar that may be on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one message."""
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
+            console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+            console.print(self.format(record))
+
+
+def set_up_screen() -> None:
+    """Shows this project's progress, and of the libraries what a person can act on."""
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", pattern)
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    log = logging.getLogger("lightning_smoe")
+    if not log.handlers:
+        log.addHandler(_ScreenHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def inspect(checkpoint: str) -> None:

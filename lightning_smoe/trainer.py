@@ -1,15 +1,20 @@
 """A Lightning Trainer with the verbs of this project."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_smoe import judge, pipeline, show
+from lightning_smoe import judge, pipeline, recover, show
 from lightning_smoe.data.text import TextDataModule
+from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import Experiment, Workspace
 from lightning_smoe.models.artifact import locked
+
+_LOOPS = ("train", "val", "test", "predict")
 
 
 class SMoETrainer(Trainer):
@@ -17,16 +22,38 @@ class SMoETrainer(Trainer):
 
     @contextmanager
     def _working(
-        self, model: Experiment, datamodule: TextDataModule, splits: Sequence[str]
+        self,
+        model: Experiment,
+        datamodule: TextDataModule,
+        splits: Sequence[str],
+        check: Callable[[Workspace], None] | None = None,
     ) -> Iterator[Workspace]:
         """Checks everything, then holds the output folder."""
+        self._check_loops()
         work = Workspace(model, datamodule)
         work.check_text(splits)
+        if check is not None:
+            check(work)
         if not self.is_global_zero:
             yield work
             return
         with locked(work.folder):
             yield work
+
+    def _check_loops(self) -> None:
+        if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
+            raise InputError(
+                "trainer.strategy forks or spawns processes, which take their results with them; "
+                "use ddp, whose processes each run the whole command"
+            )
+        limits = {name: getattr(self, f"limit_{name}_batches") for name in _LOOPS}
+        overfit = self.overfit_batches  # type: ignore[attr-defined]  # set by Lightning
+        # One batch is written 1, all of them 1.0.
+        if any(isinstance(v, int) or v != 1.0 for v in limits.values()) or overfit:
+            raise InputError(
+                "trainer.limit_*_batches, overfit_batches and fast_dev_run leave text out, and the "
+                "results would not tell; limit data.*_tokens, and steps by trainer.max_steps"
+            )
 
     def calibrate(self, model: Experiment, datamodule: TextDataModule) -> None:
         """Gathers what every expert does on calibration text.
@@ -70,9 +97,10 @@ class SMoETrainer(Trainer):
                 experiment; null starts training at the beginning.
         """
         splits = ("train", "calib", "valid", "test")
-        with self._working(model, datamodule, splits) as work:
-            pipeline.recover(self, work, ckpt_path)
-            judge.evaluate(self, work, [])
+        check = partial(recover.check_training, self, ckpt_path=ckpt_path)
+        with self._working(model, datamodule, splits, check) as work:
+            recover.recover(self, work, ckpt_path)
+            judge.evaluate(self, work)
 
     def evaluate(
         self, model: Experiment, datamodule: TextDataModule, others: Sequence[Path] = ()
@@ -84,9 +112,10 @@ class SMoETrainer(Trainer):
             datamodule: The text.
             others: Further checkpoint folders to judge.
         """
-        with self._working(model, datamodule, ("calib", "test")) as work:
+        check = partial(judge.check_others, others=others)
+        with self._working(model, datamodule, ("calib", "test"), check) as work:
             pipeline.compress(self, work)
-            judge.evaluate(self, work, list(others))
+            judge.evaluate(self, work, others)
 
     def inspect(self, checkpoint: str) -> None:
         """Prints what is in a checkpoint: family, layers, experts, parameters, bytes.

@@ -46,9 +46,7 @@ def calibration(rounds: int) -> None:
 def plain_forward(model: PreTrainedModel, data: TextDataModule) -> None:
     """Runs the model as a user would, logits included."""
     for batch in data.predict_dataloader():
-        model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 def calibrate(model: PreTrainedModel, data: TextDataModule, *, all_experts: bool) -> None:

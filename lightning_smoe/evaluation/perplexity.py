@@ -1,6 +1,5 @@
 """What a compressed model kept of the original, token by token on held-out text."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import kl_divergence, token_nll
 
 
@@ -31,17 +31,22 @@ class Quality:
 
     def __post_init__(self) -> None:
         mean_nll = sum(self.nll.values()) / len(self.nll)
-        object.__setattr__(self, "perplexity", math.exp(mean_nll))
+        object.__setattr__(self, "perplexity", _exp(mean_nll))
         object.__setattr__(self, "mean_kl", sum(self.kl.values()) / len(self.kl))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the quality as it stands in report.json."""
-        domains = {name: math.exp(nll) for name, nll in self.nll.items()}
+        domains = {name: _exp(nll) for name, nll in self.nll.items()}
         return {
             "perplexity": {"mean": self.perplexity, "domains": domains},
             "kl": {"mean": self.mean_kl, "domains": self.kl},
             "top1_agreement": self.top1_agreement,
         }
+
+
+def _exp(nats: float) -> float:
+    # Infinite for a hopeless model, where math.exp raises.
+    return torch.tensor(nats, dtype=torch.float64).exp().item()
 
 
 class EvaluationModule(LightningModule):
@@ -95,9 +100,19 @@ class EvaluationModule(LightningModule):
         self._sums.index_add_(1, batch["domain"], by_sequence)
 
     def on_test_epoch_end(self) -> None:
-        """Adds up all processes."""
+        """Adds up all processes.
+
+        Raises:
+            InputError: A domain has no token to predict.
+        """
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
         nll, kl, agreements, tokens = sums
+        empty = [d for d, number in zip(self._domains, tokens.tolist(), strict=True) if not number]
+        if empty:
+            raise InputError(
+                f"the text of {', '.join(empty)} has no token that follows another; give longer "
+                "documents, or leave the domain out of data.domains"
+            )
         self.quality = Quality(
             dict(zip(self._domains, (nll / tokens).tolist(), strict=True)),
             dict(zip(self._domains, (kl / tokens).tolist(), strict=True)),

@@ -73,9 +73,9 @@ def _rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[li
             [
                 name,
                 str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}",
-                f"{model['num_parameters'] / 1e6:.2f} M",
-                f"{model['perplexity']['mean']:.2f}",
-                f"{kl:.4f}",
+                _millions(model["num_parameters"]),
+                _decimals(model["perplexity"]["mean"], 2),
+                _decimals(kl, 4),
                 "" if not reap or name == TEACHER else f"{kl / reap:.2f}",
                 f"{model['top1_agreement']:.1%}",
             ]
@@ -83,14 +83,26 @@ def _rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[li
     return rows
 
 
-_COLUMNS = ("model", "experts", "parameters", "perplexity", "KL", "of REAP's", "top-1")
+_COLUMNS = ("model", "experts", "params", "perplexity", "KL", "of REAP's", "top-1")
+# Characters of a number in the table; larger ones are written with an exponent.
+_WIDEST = 10
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count < 100_000_000 else f"{count / 1e9:.2f} B"
+
+
+def _decimals(value: float, places: int) -> str:
+    plain = f"{value:.{places}f}"
+    return plain if len(plain) <= _WIDEST else f"{value:.2e}"
 
 
 def to_table(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> Table:
-    """The report as a table for the screen."""
+    """The report as a table for the screen, at most 79 columns wide; long names are folded."""
     table = Table(title="what it cost and what it kept, on held-out text")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_column(_COLUMNS[0], overflow="fold")
+    for column in _COLUMNS[1:]:
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in _rows(teacher, models):
         table.add_row(*row)
     return table
@@ -102,8 +114,9 @@ def to_markdown(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> s
     lines = [
         "# Report",
         "",
-        "Perplexity and KL(original || model) in nats a token on held-out text, means over domains. "
-        "Baselines are plain pruning at the same number of experts, without refit or training.",
+        "Perplexity and KL(original || model) in nats a token on held-out text: means over the "
+        "domains. Baselines are plain pruning at the same number of experts, without refit or "
+        "training.",
         "",
         *_markdown_table(_COLUMNS, _rows(teacher, models)),
         "",

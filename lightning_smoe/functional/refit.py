@@ -29,8 +29,8 @@ class Refit:
     `W = W_0 + (Y - W_0 Phi) Phi^T (Phi Phi^T + lam I)^-1`.
 
     Args:
-        strength: lam relative to the mean energy of a feature, at least 1e-6; shrinks toward
-            the weights before the refit. 0.1 is safe from three calibration tokens a feature upward.
+        strength: lam relative to the mean energy of a feature, at least 1e-6; pulls toward the
+            weights before the refit. 0.1 is safe from three calibration tokens a feature upward.
     """
 
     strength: float = 0.1

@@ -56,8 +56,8 @@ class RouterMonitor(Callback):
             entropy = -torch.special.xlogy(load, load).sum()
             unused = (total == 0).sum().float()
             layer = name.removeprefix("student.")
-            pl_module.log(f"router/entropy/{layer}", entropy.float(), rank_zero_only=False)
-            pl_module.log(f"router/unused_experts/{layer}", unused, rank_zero_only=False)
+            pl_module.log(f"router/entropy/{layer}", entropy.float(), sync_dist=True)
+            pl_module.log(f"router/unused_experts/{layer}", unused, sync_dist=True)
         if trainer.is_global_zero and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -71,11 +71,12 @@ class RouterMonitor(Callback):
         self._hooks.close()
 
 
-def draw_loads(loads: list[tuple[str, Float[Tensor, " experts"]]]) -> Figure:
+def draw_loads(loads: list[tuple[str, Float[Tensor, " _"]]]) -> Figure:
     """Draws layers by experts; the darker, the more tokens an expert gets.
 
     Args:
-        loads: Name of each layer, and the load of its experts relative to an even one.
+        loads: Name of each layer, and the load of each of its experts relative to an even one;
+            layers may have different numbers of experts.
     """
     widest = max(len(load) for _, load in loads)
     table = torch.full((len(loads), widest), torch.nan, dtype=torch.float64)

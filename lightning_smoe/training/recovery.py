@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import kl_divergence, token_nll
-from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from lightning_smoe.training.monitor import RouterMonitor
 
 Part = Literal["router", "experts", "shared", "all"]
@@ -51,8 +51,31 @@ class Recovery:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be 0 or more")
 
 
+def find_parts(
+    layers: Sequence[MoELayer], parts: Sequence[Part]
+) -> dict[Part, list[torch.nn.Parameter]]:
+    """Parameters of each named part of a model's layers; `all` is no part of a layer.
+
+    Raises:
+        InputError: The model has no such part.
+    """
+    found: dict[Part, list[torch.nn.Parameter]] = {
+        part: [p for layer in layers for p in layer.parameters_of(part)]
+        for part in parts
+        if part != "all"
+    }
+    for part, parameters in found.items():
+        if not parameters:
+            raise InputError(
+                f"model.recovery.trainable names {part}, which the model does not have"
+            )
+    return found
+
+
 def select_trainable(model: PreTrainedModel, parts: Sequence[Part]) -> dict[str, int]:
-    """Lets only the named parts of a model change.
+    """Lets only the named parts of a model change, and holds them in float32.
+
+    In bfloat16 most of Adam's steps would be rounded away; the other parts keep their type.
 
     Returns:
         Number of trainable parameters of each part.
@@ -61,20 +84,14 @@ def select_trainable(model: PreTrainedModel, parts: Sequence[Part]) -> dict[str,
         InputError: The model has no such part.
     """
     model.requires_grad_("all" in parts)
-    counts: dict[str, int] = {}
-    for part in parts:
-        if part == "all":
-            counts[part] = sum(p.numel() for p in model.parameters())
-            continue
-        chosen = [p for layer in find_moe_layers(model) for p in layer.parameters_of(part)]
-        if not chosen:
-            raise InputError(
-                f"model.recovery.trainable names {part}, which the model does not have"
-            )
-        for parameter in chosen:
+    chosen = find_parts(find_moe_layers(model), parts)
+    if "all" in parts:
+        chosen["all"] = list(model.parameters())
+    for parameters in chosen.values():
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        counts[part] = sum(p.numel() for p in chosen)
-    return counts
+    return {part: sum(p.numel() for p in parameters) for part, parameters in chosen.items()}
 
 
 class RecoveryModule(LightningModule):
@@ -106,9 +123,16 @@ class RecoveryModule(LightningModule):
         object.__setattr__(self, "_teacher", teacher.eval().requires_grad_(False))
         self._recovery = recovery
         self._checkpoints = checkpoints
+        self._loaded_types = {name: p.dtype for name, p in student.named_parameters()}
         self.trainable_counts = select_trainable(student, recovery.trainable)
         self.strict_loading = False
         self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def finished_student(self) -> PreTrainedModel:
+        """The student, its weights in the types in which they came."""
+        for name, parameter in self.student.named_parameters():
+            parameter.data = parameter.data.to(self._loaded_types[name])
+        return self.student
 
     def setup(self, stage: str) -> None:
         """Moves the teacher to the device where the student is trained."""
@@ -145,10 +169,9 @@ class RecoveryModule(LightningModule):
         loss: Tensor = divergence[real].mean()
         if not bool(loss.isfinite()):
             documents = sorted(set(batch["document"][real].tolist()))
-            raise RuntimeError(
+            raise InputError(
                 f"the loss is {loss.item()} at step {self.global_step} (documents {documents}); "
-                "lower model.recovery.learning_rate; the last good checkpoint is in "
-                f"{self._checkpoints}"
+                "lower model.recovery.learning_rate"
             )
         self.log("train/kl", loss, prog_bar=True)
         self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]  # one
@@ -170,32 +193,37 @@ class RecoveryModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the tokens of all processes."""
         sums = self.trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
-        divergence, nll, tokens = sums.tolist()
-        kl = torch.tensor(divergence / tokens, dtype=torch.float32)
-        self.log("valid/kl", kl, prog_bar=True, rank_zero_only=False)
-        self.log("valid/perplexity", math.exp(nll / tokens), prog_bar=True)
+        kl, nll = sums[:2] / sums[2]
+        # The same on every process; without sync_dist Lightning advises to set it.
+        self.log("valid/kl", kl.float(), prog_bar=True, sync_dist=True)
+        self.log("valid/perplexity", nll.exp().float(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the trainable parameters, with warm-up and decay to zero at the last step."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=self._recovery.learning_rate)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor(total))
+
+        def factor(step: int) -> float:
+            # A plain function: of a method torch would store the attributes in checkpoints.
+            return self._factor(step)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def _factor(self, total: int) -> Any:
-        warmup, kind = self._recovery.warmup_steps, self._recovery.schedule
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            done = min(1.0, (step - warmup) / max(1, total - warmup))
-            return 1 - done if kind == "linear" else (1 + math.cos(math.pi * done)) / 2
-
-        return factor
+    def _factor(self, step: int) -> float:
+        """Share of the peak learning rate after some steps."""
+        warmup = self._recovery.warmup_steps
+        if step <= warmup:
+            return (step + 1) / (warmup + 1)
+        # Not asked for before training runs: Lightning would load the text at once, and in a run
+        # that is continued not where it stopped.
+        total = self.trainer.estimated_stepping_batches
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        is_linear = self._recovery.schedule == "linear"
+        return 1 - done if is_linear else (1 + math.cos(math.pi * done)) / 2
 
     def _trainable_names(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}

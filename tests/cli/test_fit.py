@@ -1,0 +1,122 @@
+"""What becomes of the trained student: the best one is kept, and a bad one is not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # no stubs
+    EventAccumulator,
+)
+
+from tests.cli.command import Workplace, check_refusal, snapshot
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_an_early_student_is_kept_where_later_ones_are_worse(work: Workplace) -> None:
+    # The steps grow and grow: the first help, the last hurt.
+    work.done(
+        "fit",
+        "--model.recovery.trainable=[router,experts]",
+        "--model.recovery.learning_rate=0.03",
+        "--model.recovery.warmup_steps=30",
+        "--trainer.max_steps=7",
+        "--trainer.val_check_interval=1",
+        "--trainer.logger=true",
+    )
+    events = EventAccumulator(str(work.folder / "logs/out/version_0")).Reload()
+    start, *validated = [event.value for event in events.Scalars("valid/kl")]
+    best = validated.index(min(validated))
+    assert best < len(validated) - 1
+    assert validated[best] < start
+    checkpoint = torch.load(work.out / "training/best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == best + 1
+    name = "model.layers.0.mlp.gate.weight"
+    kept = weights(work.out / "recovered")[name]
+    torch.testing.assert_close(kept, checkpoint["state_dict"][f"student.{name}"], rtol=0, atol=0)
+
+
+def test_training_that_makes_it_worse_keeps_the_compressed_weights(work: Workplace) -> None:
+    # So much worse that the perplexity is beyond the largest number.
+    words = ["--model.recovery.trainable=[all]", "--model.recovery.learning_rate=100"]
+    told = work.done("fit", *words).err
+    assert "training did not lower the validation KL" in told
+    assert "recovered/ holds the compressed model as it was" in told
+    for name, tensor in weights(work.out / "compressed").items():
+        recovered = weights(work.out / "recovered")[name]
+        torch.testing.assert_close(recovered, tensor, rtol=0, atol=0)
+    card = (work.out / "recovered/README.md").read_text()
+    assert "Training against the original did not help" in card
+    models = json.loads((work.out / "report.json").read_text())["models"]
+    assert models["recovered"]["kl"] == models["compressed"]["kl"]
+
+
+def test_a_loss_that_is_no_number_ends_with_one_message(work: Workplace) -> None:
+    outcome = work.do(
+        "fit", "--model.recovery.trainable=[all]", "--model.recovery.learning_rate=1e30"
+    )
+    match = r"the loss is (nan|inf) at step 1 \(documents \[\d+.*lower model\.recovery\.learning"
+    check_refusal(outcome, match)
+    assert not (work.out / "recovered").exists()
+    assert (work.out / "compressed").exists()
+
+
+@pytest.mark.slow
+def test_a_longer_training_continues_from_the_last_checkpoint(work: Workplace) -> None:
+    told = work.done("fit", "--ckpt_path=last").err
+    assert "there is no out/training/last.ckpt to continue" in told
+    last = work.out / "training/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    before = snapshot(work.out / "recovered")
+    shutil.rmtree(work.out / "recovered")
+    assert "training goes on from out/training/last.ckpt" in work.done("fit").err
+    assert snapshot(work.out / "recovered") == before
+    longer = ("--trainer.max_steps=6", "--ckpt_path=last")
+    match = r"recovered holds the result of another run \(different: trainer\)"
+    check_refusal(work.do("fit", *longer), match)
+    shutil.rmtree(work.out / "recovered")
+    work.done("fit", *longer)
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    assert "KL, 6 steps" in (work.out / "recovered/README.md").read_text()
+
+
+def test_a_checkpoint_of_other_trainable_parts_is_refused(finished: Workplace) -> None:
+    shutil.rmtree(finished.out / "recovered")
+    outcome = finished.do("fit", "--model.recovery.trainable=[experts]", "--ckpt_path=last")
+    check_refusal(outcome, r"trained other parameters .* same model\.recovery\.trainable")
+    assert not (finished.out / "recovered").exists()
+    assert (finished.out / "training/last.ckpt").exists()
+
+
+def test_only_fit_logs_and_it_logs_under_the_name_of_the_run(finished_once: Workplace) -> None:
+    assert [path.name for path in (finished_once.folder / "logs").iterdir()] == ["out"]
+    assert list((finished_once.folder / "logs/out/version_0").glob("events.out.tfevents.*"))
+
+
+def test_what_cannot_be_trained_is_refused_before_any_work(work: Workplace) -> None:
+    (work.folder / "nothing.ckpt").mkdir()
+    for words, match in (
+        (["--ckpt_path=none.ckpt"], r"none\.ckpt: there is no such file; 'last' takes out/train"),
+        (["--ckpt_path=nothing.ckpt"], r"nothing\.ckpt: there is no such file"),
+        (
+            ["--trainer.val_check_interval=5"],
+            r"max_steps=4 ends training before .* 5 batches; .*val_check",
+        ),
+        (["--trainer.max_steps=0"], r"max_steps=0 ends training"),
+        (["--data.batch_size=400"], r"the train split gives \d+ sequences but one step takes 400"),
+    ):
+        work.refused(match, "fit", *words)
+
+
+def test_a_part_that_is_not_there_is_refused_before_any_work(
+    new_workplace: Callable[[Path, str], Workplace], tmp_path: Path
+) -> None:
+    work = new_workplace(tmp_path / "work", "qwen3_moe")
+    match = "trainable names shared, which the model does not have"
+    work.refused(match, "fit", "--model.recovery.trainable=[router, shared]")

@@ -1,0 +1,65 @@
+"""The README's commands run as they stand, with less text so that they end soon."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PREFIX = "python -m lightning_smoe "
+LESS = {
+    "data.calib_tokens": 2048,
+    "data.valid_tokens": 2048,
+    "data.test_tokens": 2048,
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 1,
+}
+
+
+def commands() -> list[str]:
+    """Command lines of the README's bash blocks; the installing ones are run by .ci/run itself."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What a clone holds that commands name, and a model and text of one's own."""
+    model = ROOT / "checkpoints" / "qwen2moe-tiny-8dom"
+    shutil.copytree(model, tmp_path / "checkpoints" / model.name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    shutil.copytree(model, tmp_path / "path" / "to" / "model")
+    shutil.copytree(ROOT / "lightning_smoe" / "data" / "corpus", tmp_path / "path" / "to" / "text")
+    return tmp_path
+
+
+def test_readme_has_commands_for_its_own_verbs() -> None:
+    assert {shlex.split(line)[0] for line in commands()} >= {"inspect", "generate", "plan", "fit"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands(), ids=lambda line: line[:40])
+def test_command_of_the_readme_runs(line: str, clone: Path) -> None:
+    words = [sys.executable, "-m", "lightning_smoe", *shlex.split(line)]
+    if "--config" in words:
+        words += [f"--{key}={value}" for key, value in LESS.items()]
+    done = subprocess.run(
+        words, cwd=clone, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_table_of_the_package_names_every_module() -> None:
+    tree = README.partition("## The package")[2]
+    package = ROOT / "lightning_smoe"
+    files = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__", "errors"}
+    rooms = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert not [name for name in files | rooms if name not in tree]
