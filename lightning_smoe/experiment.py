@@ -17,7 +17,7 @@ from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import Manifest, sha256_of, sha256_of_file
-from lightning_smoe.models.checkpoint import outline
+from lightning_smoe.models.checkpoint import counted_config, outline
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from lightning_smoe.training.recovery import Recovery
@@ -63,20 +63,27 @@ class Workspace:
     Args:
         experiment: What is asked for.
         data: The text.
+        precision: The trainer's.
 
     Raises:
         InputError: The checkpoint, `keep` or `layers` cannot be used; nothing was written.
     """
 
-    def __init__(self, experiment: Experiment, data: TextDataModule) -> None:
+    def __init__(
+        self, experiment: Experiment, data: TextDataModule, precision: str = "32-true"
+    ) -> None:
         self.experiment = experiment
+        # What rounding every number of every step goes through.
+        self.numbers = f"{experiment.dtype}, {precision}"
         self.data = data
         self.source: CheckpointFolder = open_checkpoint(experiment.checkpoint)
         data.tokenizer = self.source.path
         self.layers: list[MoELayer] = find_moe_layers(outline(self.source))
         self.chosen = select_layers(self.layers, experiment.layers)
-        for layer in self.chosen:
-            experts_to_keep(experiment.keep, layer)
+        kept = {layer.index: experts_to_keep(experiment.keep, layer) for layer in self.chosen}
+        counted_config(
+            self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
+        )
         self.folder = Path(experiment.output_dir)
         self._check_folder()
 
@@ -136,7 +143,7 @@ class Workspace:
         inputs = {
             "checkpoint": self.source.fingerprint,
             "calibration text": self.data.fingerprint("calib"),
-            "dtype": self.experiment.dtype,
+            "dtype": self.numbers,
         }
         needed = self.experiment.recipe.needs_all_experts
         found = self.found_statistics()
@@ -150,6 +157,13 @@ class Workspace:
         if not self.statistics_path.exists() or self.experiment.overwrite:
             return None
         return read_header(self.statistics_path)[0]
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the statistics of this experiment are there."""
+        if not self.statistics_path.exists():
+            return False
+        return read_header(self.statistics_path)[0].digest == self.statistics_manifest.digest
 
     @property
     def plan_manifest(self) -> Manifest:
@@ -176,7 +190,7 @@ class Workspace:
             "checkpoint": self.source.fingerprint,
             "plan": sha256_of({k: v for k, v in stored.items() if k != "manifest"}),
             "plan weights": sha256_of_file(beside) if beside.exists() else "",
-            "dtype": self.experiment.dtype,
+            "dtype": self.numbers,
         }
         if plan.reads_tokens:
             inputs["calibration text"] = self.data.fingerprint("calib")
@@ -196,7 +210,7 @@ class Workspace:
             "validation text": self.data.fingerprint("valid"),
             "batch_size": self.data.batch_size,
             "order": self.data.seed,
-            "dtype": self.experiment.dtype,
+            "dtype": self.numbers,
             "trainer": trainer_settings,
         }
         return Manifest("fit", inputs)
@@ -207,7 +221,7 @@ class Workspace:
             "models": {name: open_checkpoint(path).fingerprint for name, path in folders.items()},
             "test text": self.data.fingerprint("test"),
             "baselines": self.plan_manifest.digest if self.experiment.baselines else "",
-            "dtype": self.experiment.dtype,
+            "dtype": self.numbers,
         }
         return Manifest("evaluate", inputs)
 

@@ -18,14 +18,14 @@ from lightning_smoe.compression.recipe import Prune
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.perplexity import EvaluationModule
 from lightning_smoe.evaluation.report import TEACHER, Judged, to_table, write_report
-from lightning_smoe.experiment import Workspace
+from lightning_smoe.experiment import Workspace, found_manifest
 from lightning_smoe.functional.saliency import Frequency, Reap
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load, outline, stored_bytes
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.pipeline import read_seconds
+from lightning_smoe.pipeline import calibrate, read_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> 
     """
     own = {"compressed": work.compressed_path, "recovered": work.recovered_path}
     folders = {name: path for name, path in own.items() if path.exists()} | _name(others)
+    if "recovered" in folders and not _belongs(work):
+        logger.warning("evaluate: recovered/ was trained from another compressed/ and is left out")
+        del folders["recovered"]
     wanted = work.report_manifest(folders)
     found = _read(work.report_path)
     manifest = Manifest.from_json(found.get("manifest"))
@@ -80,6 +83,8 @@ def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> 
     if manifest is not None and manifest.digest != wanted.digest:
         manifest = None
     if manifest is None or work.experiment.overwrite:
+        if work.experiment.baselines and not work.has_statistics:
+            calibrate(trainer, work)
         teacher, models = _judge_all(trainer, work, folders)
         if trainer.is_global_zero:
             write_report(work.folder, teacher, models, wanted)
@@ -88,6 +93,14 @@ def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> 
         logger.info("evaluate: %s is there already, made from the same inputs", work.report_path)
     if trainer.is_global_zero:
         _show(work, found, folders)
+
+
+def _belongs(work: Workspace) -> bool:
+    """Whether recovered/ was trained from the compressed/ that is there."""
+    compressed, recovered = map(found_manifest, (work.compressed_path, work.recovered_path))
+    if compressed is None or recovered is None:
+        return False
+    return bool(recovered.inputs.get("compressed") == compressed.digest)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,7 +118,7 @@ def _judge_all(
     for name, path in folders.items():
         took = {step: seconds[step] for step in _STEPS_OF.get(name, ()) if step in seconds}
         models[name] = judge(load(path, work.dtype), path, took)
-    if work.experiment.baselines and work.statistics_path.exists():
+    if work.experiment.baselines:
         models |= {name: judge(model, None, {}) for name, model in _baselines(work)}
     return original, models
 

@@ -102,7 +102,7 @@ def save_result(
     model.cpu()
     before = {layer.name: layer.num_experts for layer in work.layers}
     after = {layer.name: layer.num_experts for layer in find_moe_layers(model)}
-    title = f"{work.source.path.name}, {path.name}"
+    title = f"{work.source.name}, {path.name}"
     card = model_card(
         title, work.source, before=before, after=after, steps=steps, manifest=manifest
     )
@@ -120,12 +120,27 @@ def _compression_steps(decided: CompressionPlan) -> list[str]:
 
 @contextmanager
 def running_step(
-    trainer: Trainer, work: Workspace, path: Path, *, found: Manifest | None, wanted: Manifest
+    trainer: Trainer,
+    work: Workspace,
+    path: Path,
+    *,
+    found: Manifest | None,
+    wanted: Manifest,
+    replace: bool = False,
 ) -> Iterator[bool]:
-    """Says whether a step must run; waits for all processes and notes the time behind it."""
+    """Says whether a step must run; waits for all processes and notes the time behind it.
+
+    Args:
+        trainer: Knows the processes.
+        work: The experiment.
+        path: The step's result.
+        found: What the result that is there was made from.
+        wanted: What it is to be made from.
+        replace: Replace another run's result, as `overwrite` does.
+    """
     # Between two barriers no process writes, so all see the same files and decide alike.
     trainer.strategy.barrier()
-    current = is_current(path, found, wanted, work.experiment.overwrite)
+    current = is_current(path, found, wanted, work.experiment.overwrite or replace)
     trainer.strategy.barrier()
     if current:
         logger.info("%s: %s is there already, made from the same inputs", wanted.step, path)

@@ -35,15 +35,16 @@ def check_training(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> 
             f"trainer.max_steps={steps} ends training before the first validation, after "
             f"{interval} batches; raise it, or lower trainer.val_check_interval"
         )
-    if work.dtype != torch.float32 and "mixed" not in trainer.precision:
+    if work.dtype != torch.float32 and "mixed" not in str(trainer.precision):
+        mixed = "16-mixed" if work.dtype == torch.float16 else "bf16-mixed"
         raise InputError(
             f"model.dtype={work.experiment.dtype} with trainer.precision={trainer.precision}: "
-            "trained parts are held in float32; set trainer.precision to bf16-mixed"
+            f"trained parts are held in float32; set trainer.precision to {mixed}"
         )
     if ckpt_path not in (None, "last") and not Path(ckpt_path).is_file():
         last = work.training_path / "last.ckpt"
         raise InputError(f"--ckpt_path {ckpt_path}: there is no such file; 'last' takes {last}")
-    work.data.train_dataloader()
+    work.data.check_fills_a_step(trainer.world_size)
 
 
 def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
@@ -58,11 +59,17 @@ def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
     compress(trainer, work)
     wanted = work.recovered_manifest(_loop_settings(trainer))
     found = found_manifest(work.recovered_path)
-    with running_step(trainer, work, work.recovered_path, found=found, wanted=wanted) as needed:
+    # Going on from a checkpoint with other settings is meant to replace what it led to.
+    goes_on = ckpt_path is not None and found is not None and found.digest != wanted.digest
+    with running_step(
+        trainer, work, work.recovered_path, found=found, wanted=wanted, replace=goes_on
+    ) as needed:
         if needed:
             resume = _resume_from(work, wanted, ckpt_path)
             trainer.strategy.barrier()
             if trainer.is_global_zero:
+                if resume is None:
+                    shutil.rmtree(work.training_path, ignore_errors=True)
                 write_json(work.training_path / "manifest.json", wanted.to_json())
             _train(trainer, work, wanted, resume)
 
@@ -118,5 +125,4 @@ def _resume_from(work: Workspace, wanted: Manifest, ckpt_path: str | None) -> Pa
         return last
     if ckpt_path == "last":
         logger.info("fit: there is no %s to continue; training starts at the beginning", last)
-    shutil.rmtree(work.training_path, ignore_errors=True)
     return None

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.checkpoint import load, outline
+from lightning_smoe.models.checkpoint import load, outline, stored_type
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
@@ -101,8 +102,8 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: flo
     if max_new_tokens < 1 or temperature < 0:
         raise InputError("max_new_tokens must be 1 or more, and temperature 0 or more")
     folder = open_checkpoint(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(folder.path)
-    model: Any = load(folder.path)
+    tokenizer: Any = load_tokenizer(folder.path)
+    model: Any = load(folder.path, stored_type(folder))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty; give --prompt some text")

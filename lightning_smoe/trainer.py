@@ -1,11 +1,13 @@
 """A Lightning Trainer with the verbs of this project."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_smoe import judge, pipeline, recover, show
@@ -28,17 +30,42 @@ class SMoETrainer(Trainer):
         splits: Sequence[str],
         check: Callable[[Workspace], None] | None = None,
     ) -> Iterator[Workspace]:
-        """Checks everything, then holds the output folder."""
+        """Checks everything, brings up all processes, then holds the output folder."""
         self._check_loops()
-        work = Workspace(model, datamodule)
+        self._check_devices()
+        work = Workspace(model, datamodule, str(self.precision))
         work.check_text(splits)
         if check is not None:
             check(work)
-        if not self.is_global_zero:
-            yield work
-            return
-        with locked(work.folder):
-            yield work
+        launcher = self.strategy.launcher
+        if launcher is not None:
+            # Before the first look at results: a barrier does nothing until processes are joined.
+            launcher.launch(self.strategy.setup_environment, trainer=self)
+        try:
+            with locked(work.folder) if self.is_global_zero else nullcontext():
+                yield work
+        except BaseException:
+            if launcher is not None:
+                # The others would wait for this one until they time out.
+                launcher.kill(signal.SIGTERM)
+            raise
+
+    def _check_devices(self) -> None:
+        if not isinstance(self.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"trainer.strategy={type(self.strategy).__name__} shares out single weights, which "
+                "compression needs whole; use ddp, or one device"
+            )
+        if self.strategy.root_device.type == "mps":
+            raise InputError(
+                "sums over tokens are kept in float64, which Apple's GPU does not have; "
+                "set trainer.accelerator to cpu"
+            )
+        if str(self.precision) in ("bf16-true", "16-true", "64-true", "transformer-engine"):
+            raise InputError(
+                f"trainer.precision={self.precision} converts the model behind the recipe's back; "
+                "set model.dtype for the weights, and trainer.precision to bf16-mixed or 32-true"
+            )
 
     def _check_loops(self) -> None:
         if isinstance(self.strategy.launcher, _MultiProcessingLauncher):

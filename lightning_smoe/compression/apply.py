@@ -54,6 +54,8 @@ def apply_layer(
     weights = _fill_slots(layer, layer_plan, plan)
     rows = plan.router(router_rows(layer), grouping, moments)
     mixing = grouping.mixing()
+    if plan.router.keeps_heaviest:
+        mixing = torch.zeros_like(mixing).scatter(1, mixing.argmax(1, keepdim=True), 1.0)
 
     def follow(tensor: RouterTensor) -> Tensor:
         if tensor.kind == "weight":

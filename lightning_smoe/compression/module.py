@@ -1,6 +1,5 @@
 """Compression as a LightningModule: batches wait while the model is rebuilt layer by layer."""
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +38,8 @@ class CompressionModule(LightningModule):
 
     The loop takes every batch up to the first decoder layer. Then each layer runs on all batches
     twice over: once as it was, which gives the targets, and once compressed, which gives the next
-    layer the inputs it will really have. One layer is in memory twice, never the whole model.
+    layer the inputs it will really have. The layer is rebuilt in place: it is not
+    needed as it was once all batches went through.
 
     Args:
         model: The original; it is the compressed model afterwards.
@@ -80,7 +80,6 @@ class CompressionModule(LightningModule):
                 compressed = original if same else _step(layers[index], compressed, index)
                 continue
             targets, original = self._targets(layers[index], original, index, plans[index])
-            layers[index] = copy.deepcopy(layers[index])
             error = self._compress(layers[index], compressed, targets, plans[index])
             compressed = _step(layers[index], compressed, index)
             self._log_layer(plans, index, error, time.monotonic() - start)

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lightning_smoe.errors import InputError
 
 # Documents tokenised in one call: bounds the memory that the tokenizer's own records take.
+# Without any of them transformers 5 builds an empty tokenizer instead of failing.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOCUMENTS_PER_CALL = 512
 
 
@@ -80,6 +82,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not folder.is_dir():
         raise InputError(f"data.tokenizer={folder}: no such folder -> name one that exists")
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise InputError(
+            f"data.tokenizer={folder}: has none of {', '.join(_TOKENIZER_FILES)} "
+            "-> copy the tokenizer's files into it"
+        )
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:

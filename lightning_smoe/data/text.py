@@ -158,15 +158,9 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Loads the training text, shuffled each epoch; the last, partial batch is dropped."""
-        dataset = WindowDataset(self.windows("train"))
         replicas = self._replicas()
-        num_sequences = self.batch_size * replicas["num_replicas"]
-        if len(dataset) < num_sequences:
-            raise InputError(
-                f"the train split gives {len(dataset)} sequences but one step takes "
-                f"{num_sequences} -> give more text or a larger data.train_tokens, or a smaller "
-                f"data.batch_size or data.sequence_length"
-            )
+        self.check_fills_a_step(replicas["num_replicas"])
+        dataset = WindowDataset(self.windows("train"))
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
@@ -174,6 +168,19 @@ class TextDataModule(LightningDataModule):
             num_workers=self.num_workers,
             drop_last=True,
         )
+
+    def check_fills_a_step(self, num_processes: int) -> None:
+        """Checks that the training text has a sequence for each place of one step.
+
+        Raises:
+            InputError: It has fewer.
+        """
+        found, needed = len(self.windows("train")), self.batch_size * num_processes
+        if found < needed:
+            raise InputError(
+                f"the train split gives {found} sequences but one step takes {needed} -> give "
+                f"more text or a larger data.train_tokens, or a smaller data.batch_size"
+            )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Loads the text that watches training, in fixed order."""

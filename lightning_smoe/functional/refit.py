@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from lightning_smoe.errors import InputError
+
 # Products are summed from float32: a smaller shrinkage is lost in their rounding.
 _SMALLEST_STRENGTH = 1e-6
 
@@ -63,6 +65,7 @@ def ridge_toward(
 
     Raises:
         ValueError: The strength is not positive.
+        InputError: It is too small to hold the equations together.
     """
     if not strength > 0:
         raise ValueError(f"strength={strength} leaves the fit undetermined; take a positive one")
@@ -74,7 +77,13 @@ def ridge_toward(
     weights = start[:, fired].double()
     residual = cross[:, fired] - weights @ energy
     energy.diagonal().add_(strength * energy.diagonal().mean())
-    step = torch.cholesky_solve(residual.mT, torch.linalg.cholesky(energy)).mT
+    factor, failed = torch.linalg.cholesky_ex(energy)
+    if int(failed):
+        raise InputError(
+            f"strength={strength:.1e} is too small for a fit on so few calibration tokens; "
+            "raise it tenfold, or data.calib_tokens"
+        )
+    step = torch.cholesky_solve(residual.mT, factor).mT
     fitted[:, fired] = (weights + step).to(start.dtype)
     return fitted
 

@@ -62,9 +62,12 @@ class RouterRepair(ABC):
 
     Attributes:
         needs_tokens: Whether it is fitted on calibration tokens.
+        keeps_heaviest: Whether a slot answers as its heaviest member alone, also where experts are
+            selected; otherwise selection biases are averaged by share.
     """
 
     needs_tokens: ClassVar[bool]
+    keeps_heaviest: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
@@ -86,6 +89,7 @@ class Slice(RouterRepair):
     """
 
     needs_tokens: ClassVar[bool] = False
+    keeps_heaviest: ClassVar[bool] = True
 
     def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
         heaviest = grouping.mixing().argmax(1).to(rows.weight.device)

@@ -47,7 +47,7 @@ def model_card(
             "---",
             f"# {title}",
             "",
-            f"A mixture-of-experts language model compressed from `{source.path.name}`.",
+            f"A mixture-of-experts language model compressed from `{source.name}`.",
             "",
             *counts,
             "",
@@ -99,4 +99,4 @@ def _front_matter(source: CheckpointFolder) -> dict[str, Any]:
         logger.warning("%s cannot be read, add its licence by hand (%s)", card, error)
         original = {}
     fields |= {k: v for k, v in original.items() if k in _KEPT_FIELDS}
-    return fields | {"base_model": source.path.name}
+    return fields | {"base_model": source.name}

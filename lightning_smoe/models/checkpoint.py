@@ -148,7 +148,7 @@ def save(
         InputError: The reloaded folder does not give the model's weights or logits.
     """
     counts = {layer.index: layer.num_experts for layer in find_moe_layers(model)}
-    config, uneven = _counted_config(source, counts)
+    config, uneven = counted_config(source, counts)
     state = _round_in_place(model, source)
     require_space(target, sum(t.numel() * t.element_size() for t in state.values()))
     with replacing(target) as partial:
@@ -166,7 +166,7 @@ def save(
         verify(partial, model)
 
 
-def _counted_config(
+def counted_config(
     source: CheckpointFolder, counts: dict[int, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The configuration for these counts, and the layers whose count it cannot say."""
@@ -213,9 +213,14 @@ def _common_type(source: CheckpointFolder) -> str:
     return max(_TORCH_TYPES, key=found.count)
 
 
+def stored_type(source: CheckpointFolder) -> torch.dtype:
+    """The floating-point type that most tensors of a folder have."""
+    return _TORCH_TYPES[_common_type(source)]
+
+
 def stored_bytes(model: nn.Module, source: CheckpointFolder) -> int:
     """Size that a model's weights will have on disk, in bytes, in the type of its original."""
-    size = torch.finfo(_TORCH_TYPES[_common_type(source)]).bits // 8
+    size = torch.finfo(stored_type(source)).bits // 8
     return sum(parameter.numel() * size for parameter in model.parameters())
 
 

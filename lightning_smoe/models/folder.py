@@ -24,9 +24,14 @@ class CheckpointFolder:
 
     Args:
         path: The folder.
+        name: What it is called: that of the folder, or of the model on the hub.
     """
 
     path: Path
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.path.resolve().name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -86,15 +91,15 @@ def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
     Raises:
         InputError: There is no such folder, or its files are missing, truncated or not supported.
     """
-    path = Path(checkpoint).expanduser()
+    path, name = Path(checkpoint).expanduser(), ""
     if not path.exists() and _HUB_NAME.fullmatch(str(checkpoint)):
-        path = _fetch(str(checkpoint))
+        path, name = _fetch(str(checkpoint)), str(checkpoint)
     if not path.is_dir():
         raise InputError(
             f"there is no checkpoint folder {checkpoint}; name a folder with config.json and "
             "safetensors weights, or organisation/name on the Hugging Face hub"
         )
-    folder = CheckpointFolder(path)
+    folder = CheckpointFolder(path, name)
     if not (path / "config.json").exists():
         raise InputError(f"{path} is not a checkpoint: it has no config.json")
     if not (path / _SINGLE).exists() and not (path / _INDEX).exists():
@@ -118,8 +123,9 @@ def _fetch(name: str) -> Path:
     )
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
+        # Sub-folders hold the weights a second time, in other formats.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
             f"there is no folder {name}, and the Hugging Face hub did not give {name}: "

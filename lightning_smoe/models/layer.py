@@ -95,11 +95,17 @@ class MoELayer:
     def parameters_of(self, part: Literal["router", "experts", "shared"]) -> list[nn.Parameter]:
         """Parameters of one part of the block; `shared` counts the shared expert and its gate."""
         if part == "router":
-            return list(self.router.parameters())
+            fixed = {id(tensor) for tensor in self.selection_tensors()}
+            return [p for p in self.router.parameters() if id(p) not in fixed]
         if part == "experts":
             return list(self.experts.parameters())
         children = self.block.named_children()
         return [p for n, c in children if n.startswith("shared") for p in c.parameters()]
+
+    def selection_tensors(self) -> list[Tensor]:
+        """Tensors that only decide which experts are selected: no gradient reaches them."""
+        found = [t for t in self.router_tensors if t.kind == "selection"]
+        return [getattr(tensor.owner, tensor.attribute) for tensor in found]
 
     def weights(self) -> ExpertWeights:
         """The experts' weights in one layout: gate apart from up, outputs on the second axis."""
@@ -182,15 +188,6 @@ class MoELayer:
             t for t in found if t.is_floating_point() and t.shape[-1] == self.num_experts
         )
         return logits.reshape(-1, self.num_experts)
-
-    def expert_outputs(
-        self, states: Float[Tensor, "tokens hidden"], expert: Int[Tensor, " tokens"]
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Output of one named expert for each row, before any routing weight."""
-        ones = torch.ones(len(states), 1, dtype=states.dtype, device=states.device)
-        # The class's forward: a hook on the module must not fire again inside itself.
-        outputs: Tensor = self.experts.forward(states, expert[:, None], ones)
-        return outputs
 
     def activations(
         self, states: Float[Tensor, "tokens hidden"], expert: int

@@ -83,10 +83,12 @@ def select_trainable(model: PreTrainedModel, parts: Sequence[Part]) -> dict[str,
     Raises:
         InputError: The model has no such part.
     """
-    model.requires_grad_("all" in parts)
-    chosen = find_parts(find_moe_layers(model), parts)
+    layers = find_moe_layers(model)
+    chosen = find_parts(layers, parts)
     if "all" in parts:
-        chosen["all"] = list(model.parameters())
+        fixed = {id(p) for layer in layers for p in layer.selection_tensors()}
+        chosen["all"] = [p for p in model.parameters() if id(p) not in fixed]
+    model.requires_grad_(False)
     for parameters in chosen.values():
         for parameter in parameters:
             parameter.data = parameter.data.float()

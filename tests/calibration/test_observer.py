@@ -89,7 +89,7 @@ def test_what_is_handed_over_is_what_the_router_and_its_experts_did(
         for token in range(0, tokens.numel(), 5):
             for place, expert in enumerate(routed.expert_indices[token].tolist()):
                 state = routed.states[token : token + 1]
-                output = layer.expert_outputs(state, torch.tensor([expert]))[0]
+                output = layer.experts(state, torch.tensor([[expert]]), torch.ones(1, 1))[0]
                 torch.testing.assert_close(
                     routed.outputs[token, place], output, rtol=ROUNDING, atol=ROUNDING
                 )

@@ -84,7 +84,6 @@ def test_a_damaged_checkpoint_is_refused(
     work.refused(match, "fit")
 
 
-@pytest.mark.xfail(strict=True, reason="the tokenizer is made up; the message names the text")
 def test_a_checkpoint_without_tokenizer_is_refused(work: Workplace) -> None:
     for file in (work.folder / "model").glob("tokenizer*"):
         file.unlink()

@@ -77,11 +77,9 @@ def test_a_longer_training_continues_from_the_last_checkpoint(work: Workplace) -
     shutil.rmtree(work.out / "recovered")
     assert "training goes on from out/training/last.ckpt" in work.done("fit").err
     assert snapshot(work.out / "recovered") == before
-    longer = ("--trainer.max_steps=6", "--ckpt_path=last")
     match = r"recovered holds the result of another run \(different: trainer\)"
-    check_refusal(work.do("fit", *longer), match)
-    shutil.rmtree(work.out / "recovered")
-    work.done("fit", *longer)
+    check_refusal(work.do("fit", "--trainer.max_steps=6"), match)
+    work.done("fit", "--trainer.max_steps=6", "--ckpt_path=last")
     assert torch.load(last, weights_only=True)["global_step"] == 6
     assert "KL, 6 steps" in (work.out / "recovered/README.md").read_text()
 
@@ -120,3 +118,14 @@ def test_a_part_that_is_not_there_is_refused_before_any_work(
     work = new_workplace(tmp_path / "work", "qwen3_moe")
     match = "trainable names shared, which the model does not have"
     work.refused(match, "fit", "--model.recovery.trainable=[router, shared]")
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_are_trained_in_mixed_precision_only(work: Workplace) -> None:
+    work.write({"model.dtype": "bfloat16"})
+    work.refused(r"trained parts are held in float32; set trainer\.precision to bf16-mixed", "fit")
+    work.done("fit", "--trainer.precision=bf16-mixed")
+    models = json.loads((work.out / "report.json").read_text())["models"]
+    assert models["recovered"]["kl"]["mean"] <= 1.5 * models["compressed"]["kl"]["mean"]
+    stored = weights(work.out / "recovered")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}

@@ -84,7 +84,7 @@ def partial_results(work: Workplace) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_compression_that_is_stopped_leaves_nothing_half_and_can_be_run_again(
     sign: signal.Signals, trained_work: Workplace
 ) -> None:
@@ -138,7 +138,7 @@ def test_two_processes_write_what_one_writes(work: Workplace, finished_once: Wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_a_training_that_is_stopped_can_be_continued_or_run_again(
     sign: signal.Signals, work: Workplace
 ) -> None:

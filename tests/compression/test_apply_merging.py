@@ -61,12 +61,23 @@ def test_an_added_score_of_a_merged_slot_is_the_weighted_mean_of_its_members() -
     layers = find_moe_layers(model)
     shares = 1 + torch.arange(12, dtype=torch.float64)
     before = selection_of(layers[0]).clone()
-    apply_plan(model, plan_for(layers, PAIRED, weights=shares))
+    apply_plan(model, plan_for(layers, PAIRED, weights=shares, router=MeanRows()))
     after = selection_of(find_moe_layers(model)[0])
     assert after.dtype == before.dtype
     for slot, group in enumerate(PAIRED):
         mean = sum(float(shares[e] * before[e]) for e in group) / float(shares[group].sum())
         assert float(after[slot]) == pytest.approx(mean, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_sliced_slot_has_the_added_score_of_its_heaviest_member() -> None:
+    model = build("deepseek_v3")
+    layers = find_moe_layers(model)
+    shares = 1 + torch.arange(12, dtype=torch.float64)
+    before = selection_of(layers[0]).clone()
+    apply_plan(model, plan_for(layers, PAIRED, weights=shares, router=Slice()))
+    after = selection_of(find_moe_layers(model)[0])
+    assert after.tolist() == [float(before[max(group)]) for group in PAIRED]
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_a_plan_for_another_model_is_refused_unless_it_names_none(layers: list[M
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
 def test_a_refit_without_strength_is_refused(strength: float) -> None:
-    with pytest.raises(ValueError, match=f"strength={strength} must be above 0"):
+    with pytest.raises(ValueError, match=f"strength={strength} must be at least"):
         Refit(strength)
 
 

@@ -162,5 +162,5 @@ def test_a_fingerprint_changes_with_tokens_masks_domains_and_names() -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none: no such folder -> name one that exists"):
         load_tokenizer(tmp_path / "none")
-    with pytest.raises(InputError, match=r"holds no tokenizer that can be loaded -> copy"):
+    with pytest.raises(InputError, match=r"has none of tokenizer\.json, .* -> copy"):
         load_tokenizer(tmp_path)

@@ -179,7 +179,7 @@ def test_log_sum_exp_needs_tokens() -> None:
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.nan])
 def test_strengths_that_are_not_positive_are_refused(strength: float) -> None:
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match="must be at least"):
         LogSumExp(strength)
 
 
