@@ -38,8 +38,10 @@ class SMoETrainer(Trainer):
         if check is not None:
             check(work)
         launcher = self.strategy.launcher
-        if launcher is not None:
-            # Before the first look at results: a barrier does nothing until processes are joined.
+        # Before the first look at results: a barrier does nothing until processes are joined.
+        if launcher is None:
+            self.strategy.setup_environment()
+        else:
             launcher.launch(self.strategy.setup_environment, trainer=self)
         try:
             with locked(work.folder) if self.is_global_zero else nullcontext():
