@@ -16,7 +16,7 @@ from lightning_smoe.compression.recipe import Prune, Recipe
 from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.artifact import Manifest, sha256_of, sha256_of_file
+from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
 from lightning_smoe.models.checkpoint import counted_config, outline
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
@@ -78,12 +78,20 @@ class Workspace:
         self.data = data
         self.source: CheckpointFolder = open_checkpoint(experiment.checkpoint)
         data.tokenizer = self.source.path
-        self.layers: list[MoELayer] = find_moe_layers(outline(self.source))
+        model = outline(self.source)
+        self.layers: list[MoELayer] = find_moe_layers(model)
         self.chosen = select_layers(self.layers, experiment.layers)
         kept = {layer.index: experts_to_keep(experiment.keep, layer) for layer in self.chosen}
         counted_config(
             self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
         )
+        dropped = sum(
+            sum(p.numel() for p in layer.parameters_of("experts"))
+            * (1 - kept[layer.index] / layer.num_experts)
+            for layer in self.chosen
+        )
+        total = sum(p.numel() for p in model.parameters())
+        self._result_bytes = int(self.source.num_bytes * (1 - dropped / total))
         self.folder = Path(experiment.output_dir)
         self._check_folder()
 
@@ -224,6 +232,15 @@ class Workspace:
             "dtype": self.numbers,
         }
         return Manifest("evaluate", inputs)
+
+    def check_space(self, *results: Path) -> None:
+        """Checks that the checkpoint folders that are still to come fit on the disk.
+
+        Raises:
+            OSError: They do not; nothing was written.
+        """
+        missing = sum(not path.exists() for path in results)
+        require_space(self.folder, missing * self._result_bytes)
 
     def check_text(self, splits: Sequence[str]) -> None:
         """Checks the text of the named splits before work is spent.

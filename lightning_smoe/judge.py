@@ -21,10 +21,11 @@ from lightning_smoe.evaluation.report import TEACHER, Judged, to_table, write_re
 from lightning_smoe.experiment import Workspace, found_manifest
 from lightning_smoe.functional.saliency import Frequency, Reap
 from lightning_smoe.models.artifact import Manifest
-from lightning_smoe.models.checkpoint import load, outline, stored_bytes
+from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.stored import stored_bytes
 from lightning_smoe.pipeline import calibrate, read_seconds
 
 logger = logging.getLogger(__name__)

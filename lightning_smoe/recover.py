@@ -15,7 +15,8 @@ from lightning_smoe.experiment import Workspace, found_manifest
 from lightning_smoe.models.artifact import Manifest, write_json
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.pipeline import compress, running_step, save_result
-from lightning_smoe.training.recovery import RecoveryModule, find_parts
+from lightning_smoe.training.recovery import RecoveryModule
+from lightning_smoe.training.trainable import find_parts
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def check_training(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> 
     if ckpt_path not in (None, "last") and not Path(ckpt_path).is_file():
         last = work.training_path / "last.ckpt"
         raise InputError(f"--ckpt_path {ckpt_path}: there is no such file; 'last' takes {last}")
+    work.check_space(work.compressed_path, work.recovered_path)
     work.data.check_fills_a_step(trainer.world_size)
 
 

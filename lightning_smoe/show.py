@@ -12,10 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.checkpoint import load, outline, stored_type
+from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.stored import stored_type
 
 # Lightning's advice where it is wrong here: all tokens are in memory, so loaders need no workers;
 # training and validation share a folder of checkpoints on purpose.

@@ -111,7 +111,7 @@ class SMoETrainer(Trainer):
             model: The experiment.
             datamodule: The text.
         """
-        with self._working(model, datamodule, ("calib",)) as work:
+        with self._working(model, datamodule, ("calib",), _check_space) as work:
             pipeline.compress(self, work)
 
     def recover(
@@ -123,7 +123,7 @@ class SMoETrainer(Trainer):
             model: The experiment.
             datamodule: The text.
             ckpt_path: Training checkpoint to continue: a file, or 'last' for the newest of this
-                experiment; null starts training at the beginning.
+                experiment; null goes on only where a run with the same inputs was cut off.
         """
         splits = ("train", "calib", "valid", "test")
         check = partial(recover.check_training, self, ckpt_path=ckpt_path)
@@ -141,7 +141,11 @@ class SMoETrainer(Trainer):
             datamodule: The text.
             others: Further checkpoint folders to judge.
         """
-        check = partial(judge.check_others, others=others)
+
+        def check(work: Workspace) -> None:
+            judge.check_others(work, others)
+            _check_space(work)
+
         with self._working(model, datamodule, ("calib", "test"), check) as work:
             pipeline.compress(self, work)
             judge.evaluate(self, work, others)
@@ -166,3 +170,7 @@ class SMoETrainer(Trainer):
             temperature: Randomness of the choice, 0 or more; 0 takes the likeliest token.
         """
         show.generate(checkpoint, prompt, max_new_tokens, temperature)
+
+
+def _check_space(work: Workspace) -> None:
+    work.check_space(work.compressed_path)

@@ -41,7 +41,7 @@ class TextDataModule(LightningDataModule):
     false for a sequence that is repeated only so that all processes have equally many.
 
     Domain ids count within a split, whose names are sorted: splits with the same domains agree.
-    Every process tokenises the whole text of a split and keeps the windows it was asked for.
+    Every process tokenises the whole text of a split and keeps the windows asked for.
 
     Args:
         tokenizer: Folder with the tokenizer; on the command line, that of the model.
@@ -53,19 +53,19 @@ class TextDataModule(LightningDataModule):
         valid: The same for the text that watches training.
         test: The same for the text of the final report.
         domains: Names of the domains to use; null uses all.
-        text_field: Field with the text in rows of .jsonl, .parquet and the Hub; "text" by default.
-        sequence_length: Tokens a sequence, 2 or more; 256 unless said otherwise.
+        text_field: Field with the text in rows of .jsonl, .parquet and the Hub.
+        sequence_length: Tokens a sequence, 2 or more.
         calib_tokens: Tokens of calibration text, shared evenly among the domains in whole
-            sequences, at least one each; 16384 unless said otherwise, null takes all.
-        valid_tokens: The same for the text that watches training; 8192 unless said otherwise.
-        test_tokens: The same for the text of the final report; 16384 unless said otherwise.
-        train_tokens: The same for the training text; all of it unless said otherwise.
-        batch_size: Sequences a process takes at a step, 1 or more; 8 unless said otherwise.
+            sequences, at least one each; null takes all.
+        valid_tokens: The same for the text that watches training.
+        test_tokens: The same for the text of the final report.
+        train_tokens: The same for the training text.
+        batch_size: Sequences a process takes at a step, 1 or more.
         pack: Whether to join documents and cut them into full sequences; otherwise each document
-            is one sequence, truncated or padded. Joined unless said otherwise.
-        num_workers: Processes that load batches beside each training process, 0 or more; none
-            unless said otherwise, which is fast since all tokens are in memory.
-        seed: Seed of the choice and the order of sequences; 42 unless said otherwise.
+            is one sequence, truncated or padded.
+        num_workers: Processes that load batches beside each training process, 0 or more; 0 is fast,
+            since all tokens are in memory.
+        seed: Seed of the choice and the order of sequences.
     """
 
     def __init__(

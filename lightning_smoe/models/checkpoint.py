@@ -11,7 +11,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightning_smoe.errors import InputError
@@ -19,10 +18,10 @@ from lightning_smoe.models.artifact import Manifest, replacing, require_space
 from lightning_smoe.models.expert_count import patch_expert_count
 from lightning_smoe.models.folder import MANIFEST, CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.stored import TORCH_TYPES, type_in_folder
 
 logger = logging.getLogger(__name__)
 
-_TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHARD_SIZE = "5GB"
 _VERIFY_TOKENS = 32
 _ALIGNMENT = 64  # bytes, as torch allocates
@@ -191,37 +190,11 @@ def _round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> dict[st
             # Tied weights stay one tensor, so that they are stored once.
             state[key] = by_address[tensor.data_ptr()]
         else:
-            stored = _stored_type(model, source, key, tensor)
-            state[key] = tensor.to(_TORCH_TYPES.get(stored, tensor.dtype))
+            stored = type_in_folder(model, source, key, tensor)
+            state[key] = tensor.to(TORCH_TYPES.get(stored, tensor.dtype))
             tensor.copy_(state[key])
             by_address[tensor.data_ptr()] = state[key]
     return state
-
-
-def _stored_type(
-    model: PreTrainedModel, source: CheckpointFolder, key: str, tensor: torch.Tensor
-) -> str:
-    """The type that a tensor of the model has in a folder, which may name it otherwise."""
-    names = revert_weight_conversion(model, {key: tensor.to("meta")})
-    found = {source.tensors[name]["dtype"] for name in names if name in source.tensors}
-    return str(found.pop()) if len(found) == 1 else _common_type(source)
-
-
-def _common_type(source: CheckpointFolder) -> str:
-    """The floating-point type that most tensors of a folder have."""
-    found = [entry["dtype"] for entry in source.tensors.values()]
-    return max(_TORCH_TYPES, key=found.count)
-
-
-def stored_type(source: CheckpointFolder) -> torch.dtype:
-    """The floating-point type that most tensors of a folder have."""
-    return _TORCH_TYPES[_common_type(source)]
-
-
-def stored_bytes(model: nn.Module, source: CheckpointFolder) -> int:
-    """Size that a model's weights will have on disk, in bytes, in the type of its original."""
-    size = torch.finfo(stored_type(source)).bits // 8
-    return sum(parameter.numel() * size for parameter in model.parameters())
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_smoe.models.checkpoint import load, outline, save, stored_bytes
+from lightning_smoe.models.checkpoint import load, outline, save
 from lightning_smoe.models.expert_count import COUNT_FIELDS
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.stored import stored_bytes
 from tests.conftest import SHIPPED_CHECKPOINT, TOKENIZER_FILES
 from tests.families import FAMILIES, NUM_EXPERTS
 from tests.models.pruning import (

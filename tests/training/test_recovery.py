@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.perplexity import EvaluationModule
-from lightning_smoe.training.recovery import Recovery, RecoveryModule, select_trainable
+from lightning_smoe.training.recovery import Recovery, RecoveryModule
+from lightning_smoe.training.trainable import select_trainable
 from tests.training.students import QUIET, fit, hashes, module, pair, text, trainer
 
 pytestmark = QUIET
