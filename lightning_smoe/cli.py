@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from lightning_smoe import __version__
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import Experiment
-from lightning_smoe.show import set_up_screen
+from lightning_smoe.show import StepBar, set_up_screen
 from lightning_smoe.trainer import SMoETrainer
 
 # Verb -> method of the trainer, and whether it works on an experiment or looks at a folder.
@@ -36,8 +37,8 @@ _VERBS = {
 
 _TRAINER_DEFAULTS = {
     "max_steps": 200,
-    # High enough to let max_steps decide; Lightning's own default stops after one epoch of steps.
-    "max_epochs": 1000,
+    # No end but max_steps; with any other number the bar would count to the end of the epoch.
+    "max_epochs": -1,
     "gradient_clip_val": 1.0,
     "val_check_interval": 50,
     "check_val_every_n_epoch": None,
@@ -151,6 +152,11 @@ class SMoECLI(LightningCLI):
         elif settings["logger"] in (None, True):
             name = Path(self._get(self.config_init, "model").output_dir).name
             settings["logger"] = TensorBoardLogger("logs", name=name)
+        callbacks = settings["callbacks"] or []
+        if settings["enable_progress_bar"] is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            settings["callbacks"] = [*callbacks, StepBar()]
         return SMoETrainer(**settings)
 
     def instantiate_classes(self) -> None:

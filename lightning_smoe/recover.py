@@ -31,6 +31,8 @@ def check_training(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> 
     find_parts(work.layers, work.experiment.recovery.trainable)
     steps, interval = trainer.max_steps, trainer.val_check_interval
     batches = steps * trainer.accumulate_grad_batches
+    if steps < 0 and trainer.max_epochs in (None, -1):
+        raise InputError("nothing ends training; set trainer.max_steps, or trainer.max_epochs")
     if isinstance(interval, int) and 0 <= batches < interval:
         raise InputError(
             f"trainer.max_steps={steps} ends training before the first validation, after "

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from transformers import TextStreamer
@@ -38,6 +39,14 @@ class _ScreenHandler(logging.Handler):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
             console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
             console.print(self.format(record))
+
+
+class StepBar(RichProgressBar):
+    """Lightning's progress bar, without epochs: training here is counted in steps."""
+
+    # Private in Lightning 2.6, which would write `Epoch 0/-2` where only max_steps ends training.
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
 
 
 def set_up_screen() -> None:

@@ -102,6 +102,7 @@ def test_what_cannot_be_trained_is_refused_before_any_work(work: Workplace) -> N
     for words, match in (
         (["--ckpt_path=none.ckpt"], r"none\.ckpt: there is no such file; 'last' takes out/train"),
         (["--ckpt_path=nothing.ckpt"], r"nothing\.ckpt: there is no such file"),
+        (["--trainer.max_steps=-1"], r"nothing ends training; set trainer\.max_steps"),
         (
             ["--trainer.val_check_interval=5"],
             r"max_steps=4 ends training before .* 5 batches; .*val_check",
