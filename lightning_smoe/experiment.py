@@ -1,7 +1,6 @@
 """One experiment: what a person asks for, checked against what is there, and where results go."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -241,14 +240,6 @@ class Workspace:
         """
         missing = sum(not path.exists() for path in results)
         require_space(self.folder, missing * self._result_bytes)
-
-    def check_text(self, splits: Sequence[str]) -> None:
-        """Checks the text of the named splits before work is spent.
-
-        Raises:
-            InputError: It is missing, empty or not readable, or has other domains than asked for.
-        """
-        self.data.check(splits)
 
 
 def found_manifest(folder: Path) -> Manifest | None:

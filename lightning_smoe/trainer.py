@@ -34,7 +34,7 @@ class SMoETrainer(Trainer):
         self._check_loops()
         self._check_devices()
         work = Workspace(model, datamodule, str(self.precision))
-        work.check_text(splits)
+        datamodule.check(splits)
         if check is not None:
             check(work)
         launcher = self.strategy.launcher

@@ -15,8 +15,8 @@ Reduce = Callable[[Tensor], Tensor]
 # Each batch has its own number of tokens.
 Record = tuple[BlockRecord, Float[Tensor, "_ hidden"]]
 
-# Each sweep costs one forward pass of the experts; on the shipped model the fourth changes the
-# error of a layer by less than a thousandth of it.
+# Each sweep costs one forward pass of the experts. Four come to a KL of .2390 on the shipped model
+# at 30 of 60 experts, where the joint solution has .2384 and two sweeps .2406 (validation text).
 _SWEEPS = 4
 
 

@@ -12,7 +12,6 @@ from lightning_smoe.compression.module import CompressionModule
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.compression.record import BlockRecord, record
 from lightning_smoe.data.packing import TokenWindows
-from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from tests.calibration.batches import WindowData, predict, random_windows
 
@@ -80,18 +79,6 @@ def blocks_of(model: PreTrainedModel, index: int) -> tuple[MoELayer, BlockRecord
         lambda: model.base_model(windows.input_ids, attention_mask=mask, use_cache=False),
     )
     return layer, block
-
-
-def parts(weights: ExpertWeights) -> list[Tensor]:
-    """The tensors that are there."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    weights.map(note)
-    return found
 
 
 def copy_expert(layer: MoELayer, source: int, target: int, order: Tensor | None = None) -> None:

@@ -10,8 +10,9 @@ from lightning_smoe.compression.apply import apply_layer, apply_plan, router_row
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import LogSumExp, MeanRows
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
-from tests.compression.plans import PAIRED, parts, plan_for
+from tests.compression.plans import PAIRED, plan_for
 from tests.families import build
+from tests.weights import parts
 
 # In another order than the original's, within each block of six.
 KEPT = [[5], [1], [2], [0], [7], [11], [6], [8]]

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from lightning_smoe.compression.apply import apply_plan, router_rows
 from lightning_smoe.functional.router import MeanRows, RouterRepair, Slice
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
-from tests.compression.plans import PAIRED, copy_expert, parts, plan_for
+from tests.compression.plans import PAIRED, copy_expert, plan_for
 from tests.families import build
+from tests.weights import parts
 
 
 def selection_of(layer: MoELayer) -> Tensor:

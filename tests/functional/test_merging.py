@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.functional.merging import Average, Merger, UnionSVD
+from tests.weights import parts
 
 ALL = [Average(), UnionSVD(), UnionSVD(rank=100)]
 
@@ -24,17 +25,6 @@ def random_experts(num_experts: int = 3, dtype: torch.dtype = torch.float32) -> 
         up_bias=draw(5),
         down_bias=draw(6),
     )
-
-
-def parts(experts: ExpertWeights) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    experts.map(note)
-    return found
 
 
 def assert_same(actual: ExpertWeights, expected: ExpertWeights, tolerance: float = 1e-6) -> None:

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load, save
 from lightning_smoe.models.expert_count import set_expert_count
@@ -58,18 +57,6 @@ def save_pruned(
 def unchanged_rows(tensor: RouterTensor) -> Tensor:
     """The router as it is, for `MoELayer.replace`."""
     return tensor.rows
-
-
-def parts(weights: ExpertWeights) -> list[Tensor]:
-    """Every tensor of some experts that is there."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    weights.map(note)
-    return found
 
 
 def load_stock(folder: Path) -> PreTrainedModel:

@@ -11,7 +11,8 @@ from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.functional.merging import Average
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from tests.families import NUM_EXPERTS
-from tests.models.pruning import last_experts, parts, prune, unchanged_rows
+from tests.models.pruning import last_experts, prune, unchanged_rows
+from tests.weights import parts
 
 # Decoder layers that have experts; the others of qwen, deepseek, glm4 and ernie are dense.
 MOE_LAYERS = {
