@@ -19,7 +19,8 @@ class RoutedTokens:
         states: What the experts read.
         router_logits: The router's raw scores.
         routing_weights: Weight of each selected expert, as multiplied with its output.
-        expert_indices: The selected experts.
+        expert_indices: The selected experts; one stands twice where two router rows that share it
+            are selected.
         domain: Domain of each token, as a number.
         outputs: Output of each selected expert before its weight; none unless asked for.
     """
@@ -121,7 +122,7 @@ class _LayerWatch:
                 self._states[real],
                 self._logits[real],
                 self._weights[real],
-                self._indices[real],
+                self._layer.experts_of(self._indices[real]),
                 batch.domain[real],
                 None if outputs is None else outputs[real],
             ),

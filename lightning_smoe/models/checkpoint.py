@@ -18,6 +18,8 @@ from lightning_smoe.models.artifact import Manifest, replacing, require_space
 from lightning_smoe.models.expert_count import patch_expert_count
 from lightning_smoe.models.folder import MANIFEST, CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.mapped import become_mapped, is_mapped, mapped_fields
+from lightning_smoe.models.registration import register
 from lightning_smoe.models.stored import TORCH_TYPES, type_in_folder
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ _ALIGNMENT = 64  # bytes, as torch allocates
 def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a causal language model for use, in evaluation mode, on the CPU.
 
-    Folders that this project wrote with another expert count in each layer load too.
+    Folders that this project wrote with another expert count in each layer load too, as do those
+    whose router rows share experts, by this project's code and not by what lies in the folder.
 
     Args:
         checkpoint: Folder, or name on the Hugging Face hub.
@@ -88,6 +91,8 @@ def _outline(folder: CheckpointFolder, counts: Mapping[int, int]) -> PreTrainedM
 
 def _understood(folder: CheckpointFolder) -> tuple[Any, type[PreTrainedModel]]:
     """The configuration of a folder and the class of transformers for it."""
+    if folder.is_mapped:
+        register(folder.model_type)
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     except (KeyError, ValueError, StrictDataclassError) as error:
@@ -131,13 +136,13 @@ def save(
     """Writes a compressed model beside the files of its original, and proves that it reloads.
 
     The weights of `model` are rounded in place to the type in which they are stored, and it is put
-    in evaluation mode. The folder appears only after it was reloaded and gave the same weights and
-    logits bit for bit.
+    in evaluation mode; if router rows share experts, it becomes a mapped model. The folder appears
+    only after it was reloaded and gave the same weights and logits bit for bit.
 
     Args:
         model: The model, in memory.
-        source: Folder of the original: its config.json is copied but for the number of experts, its
-            tokenizer and generation settings byte for byte.
+        source: Folder of the original: its config.json is copied but for the number of experts (or
+            how they are shared), its tokenizer and generation settings byte for byte.
         target: Folder to write.
         manifest: What made it.
         card: Text of the model card.
@@ -146,8 +151,7 @@ def save(
         OSError: No space is left on the disk; nothing is written.
         InputError: The reloaded folder does not give the model's weights or logits.
     """
-    counts = {layer.index: layer.num_experts for layer in find_moe_layers(model)}
-    config, uneven = counted_config(source, counts)
+    config, uneven = _described(model, source)
     state = _round_in_place(model, source)
     require_space(target, sum(t.numel() * t.element_size() for t in state.values()))
     with replacing(target) as partial:
@@ -163,6 +167,16 @@ def save(
         stored = {"schema": 1, "experts_per_layer": uneven, "manifest": manifest.to_json()}
         (partial / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
         verify(partial, model)
+
+
+def _described(
+    model: PreTrainedModel, source: CheckpointFolder
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The configuration of a model, and the layers whose count it cannot say."""
+    if is_mapped(model):
+        become_mapped(model)
+        return mapped_fields(model, source.config), {}
+    return counted_config(source, {x.index: x.num_experts for x in find_moe_layers(model)})
 
 
 def counted_config(

@@ -10,10 +10,17 @@ from typing import Any
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import sha256_of, sha256_of_file
+from lightning_smoe.models.modeling_smoe import TYPE_PREFIX
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$")
-_REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "smoe.json")
+_REWRITTEN = (
+    "config.json",
+    "model.safetensors.index.json",
+    "modeling_smoe.py",
+    "README.md",
+    "smoe.json",
+)
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 MANIFEST = "smoe.json"
 
@@ -37,6 +44,16 @@ class CheckpointFolder:
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
         return _read_json(self.path / "config.json")
+
+    @property
+    def model_type(self) -> str:
+        """The family, as config.json names it."""
+        return str(self.config.get("model_type"))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether several router rows may share an expert."""
+        return self.model_type.startswith(TYPE_PREFIX)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

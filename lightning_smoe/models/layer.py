@@ -1,10 +1,11 @@
 """One typed view on every mixture-of-experts block of transformers.
 
-Only this file, `router.py` and `expert_count.py` know the names and layouts of transformers.
+Only this file, `router.py`, `expert_weights.py` and `expert_count.py` know the names and layouts of
+transformers; `modeling_smoe.py` goes by itself.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.experts import ExpertWeights
+from lightning_smoe.models import expert_weights
 from lightning_smoe.models.expert_count import COUNT_FIELDS, text_config
-from lightning_smoe.models.router import RouterTensor, assign, find_router_tensors
+from lightning_smoe.models.modeling_smoe import MAP, share_experts
+from lightning_smoe.models.router import RouterTensor, find_router_tensors
 
 _ROUTER_CHILDREN = ("gate", "router")
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
@@ -37,13 +40,13 @@ class MoELayer:
         self.block = block
         self.experts: Any = children["experts"]
         router = next((children[k] for k in _ROUTER_CHILDREN if k in children), None)
-        if router is None or not _is_understood(self.experts):
+        if router is None or not expert_weights.is_understood(self.experts):
             raise InputError(
                 f"{name}: the experts ({type(self.experts).__name__}) are laid out in a way that "
                 "is not understood; lightning_smoe/models/README.md lists the families that are"
             )
         self.router: Any = router
-        self.router_tensors = find_router_tensors(router, block, self.num_experts)
+        self.router_tensors = find_router_tensors(router, block, self.num_router_rows)
         self._refuse_unknown_router()
 
     @property
@@ -57,8 +60,19 @@ class MoELayer:
         return int(self.experts.down_proj.shape[0])
 
     @property
+    def expert_map(self) -> Int[Tensor, " rows"] | None:
+        """The expert of each router row, where rows share experts; none where each has its own."""
+        found: Tensor | None = getattr(self.experts, MAP, None)
+        return found
+
+    @property
+    def num_router_rows(self) -> int:
+        """Experts that the router tells apart: more than there are, where rows share one."""
+        return self.num_experts if self.expert_map is None else len(self.expert_map)
+
+    @property
     def top_k(self) -> int:
-        """Experts that the router selects for a token."""
+        """Router rows that are selected for a token."""
         owner: Any = self.router if hasattr(self.router, "top_k") else self.block
         return int(owner.top_k)
 
@@ -109,35 +123,10 @@ class MoELayer:
 
     def weights(self) -> ExpertWeights:
         """The experts' weights in one layout: gate apart from up, outputs on the second axis."""
-        experts = self.experts
-
-        def stored(name: str) -> Tensor | None:
-            tensor: Tensor | None = getattr(experts, name, None)
-            if tensor is None or not experts.is_transposed or tensor.dim() == 2:
-                return tensor
-            return tensor.transpose(1, 2)
-
-        up = stored("gate_up_proj" if experts.has_gate else "up_proj")
-        up_bias = stored("gate_up_proj_bias" if experts.has_gate else "up_proj_bias")
-        down = stored("down_proj")
-        if up is None or down is None:
+        found = expert_weights.read_weights(self.experts)
+        if found is None:
             raise InputError(f"{self.name}: the experts have no up or down projection")
-        gate = gate_bias = None
-        if experts.has_gate:
-            gate, up = self._split(up)
-            gate_bias, up_bias = (None, None) if up_bias is None else self._split(up_bias)
-        return ExpertWeights(up, down, gate, gate_bias, up_bias, stored("down_proj_bias"))
-
-    def _split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        if self.experts.is_concatenated:
-            gate, up = gate_up.chunk(2, dim=1)
-            return gate, up
-        return gate_up[:, ::2], gate_up[:, 1::2]
-
-    def _join(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.experts.is_concatenated:
-            return torch.cat([gate, up], dim=1)
-        return torch.stack([gate, up], dim=2).flatten(1, 2)
+        return found
 
     @torch.no_grad()
     def replace(
@@ -148,30 +137,46 @@ class MoELayer:
         Args:
             weights: The new experts; their number may differ from the old one.
             router_rows: The rows (new experts first) of each tensor of the router.
+
+        Raises:
+            InputError: Router rows share experts, so a new number of rows would not say which.
         """
+        if self.expert_map is not None:
+            raise InputError(f"{self.name}: its router rows share experts; change the original")
         rows = [(tensor, router_rows(tensor)) for tensor in self.router_tensors]
         old_count = self.num_experts
-        experts = self.experts
-
-        def store(name: str, tensor: Tensor) -> None:
-            flip = experts.is_transposed and tensor.dim() > 2  # biases have two axes
-            assign(experts, name, tensor.transpose(1, 2) if flip else tensor)
-
-        prefix = "up"
-        up, up_bias = weights.up_proj, weights.up_bias
-        if weights.gate_proj is not None:
-            prefix, up = "gate_up", self._join(weights.gate_proj, weights.up_proj)
-        if weights.gate_bias is not None and weights.up_bias is not None:
-            up_bias = self._join(weights.gate_bias, weights.up_bias)
-        store(f"{prefix}_proj", up)
-        store("down_proj", weights.down_proj)
-        if up_bias is not None:
-            store(f"{prefix}_proj_bias", up_bias)
-        if weights.down_bias is not None:
-            store("down_proj_bias", weights.down_bias)
+        expert_weights.store_weights(self.experts, weights)
         for tensor, values in rows:
             tensor.set(values)
-        for module in (self.block, *self.router.modules(), self.experts):
+        self._recount((self.block, *self.router.modules(), self.experts), old_count)
+
+    @torch.no_grad()
+    def share(self, weights: ExpertWeights, assignment: Int[Tensor, " rows"]) -> None:
+        """Puts other experts in the block's place, which router rows share; in place.
+
+        The router keeps every bit. Gates of selected rows that share an expert add up.
+
+        Args:
+            weights: The new experts.
+            assignment: For each router row, the number of its expert.
+
+        Raises:
+            InputError: The assignment lacks a row or names an expert that is not there.
+        """
+        count = len(weights.down_proj)
+        sent = assignment.tolist()
+        if len(sent) != self.num_router_rows or not set(sent) <= {*range(count)}:
+            raise InputError(
+                f"{self.name}: an assignment must send each of {self.num_router_rows} router rows "
+                f"to one of {count} experts, and this one is {sent}"
+            )
+        old_count = self.num_experts
+        expert_weights.store_weights(self.experts, weights)
+        share_experts(self.experts, assignment.to(self.experts.down_proj.device, torch.int64))
+        self._recount((self.experts,), old_count)
+
+    def _recount(self, modules: Iterable[nn.Module], old_count: int) -> None:
+        for module in modules:
             for attribute in _COUNT_ATTRIBUTES:
                 if module.__dict__.get(attribute) == old_count:
                     module.__dict__[attribute] = self.num_experts
@@ -180,28 +185,29 @@ class MoELayer:
         """Keeps the named experts, in that order, with their router rows, in place."""
         self.replace(self.weights().select(experts), lambda tensor: tensor.rows[experts])
 
-    def router_logits(self, output: Any) -> Float[Tensor, "tokens experts"]:
+    def experts_of(self, rows: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """The experts behind router rows; rows that share one give it as often."""
+        return rows if self.expert_map is None else self.expert_map[rows]
+
+    def router_logits(self, output: Any) -> Float[Tensor, "tokens rows"]:
         """Finds the raw logits in what the router returned."""
-        # transformers < 5.21 differs in the order: the logits have one column an expert.
+        # transformers < 5.21 differs in the order: the logits have one column a row.
         found = output if isinstance(output, tuple) else (output,)
-        logits: Tensor = next(
-            t for t in found if t.is_floating_point() and t.shape[-1] == self.num_experts
-        )
-        return logits.reshape(-1, self.num_experts)
+        count = self.num_router_rows
+        logits: Tensor = next(t for t in found if t.is_floating_point() and t.shape[-1] == count)
+        return logits.reshape(-1, count)
 
     def activations(
         self, states: Float[Tensor, "tokens hidden"], expert: int
     ) -> Float[Tensor, "tokens intermediate"]:
         """What an expert's output matrix is applied to."""
-        experts = self.experts
-        prefix = "gate_up_proj" if experts.has_gate else "up_proj"
-        matrix = getattr(experts, prefix)[expert]
-        hidden = states @ (matrix if experts.is_transposed else matrix.T)
-        if experts.has_bias:
-            hidden = hidden + getattr(experts, f"{prefix}_bias")[expert]
-        activate = experts._apply_gate if experts.has_gate else experts.act_fn
-        activated: Tensor = activate(hidden)
-        return activated
+        return expert_weights.activations_of(self.experts, states, expert)
+
+    def activate(
+        self, gate: Float[Tensor, "tokens intermediate"] | None, up: Float[Tensor, "..."]
+    ) -> Float[Tensor, "tokens intermediate"]:
+        """The experts' activation, from what `gate_proj` and `up_proj` give."""
+        return expert_weights.activate(self.experts, gate, up)
 
     def _refuse_unknown_router(self) -> None:
         weights = [t for t in self.router_tensors if t.kind == "weight"]
@@ -210,14 +216,8 @@ class MoELayer:
         if len(weights) != 1 or lookup or not says_top_k:
             raise InputError(
                 f"{self.name}: the router ({type(self.router).__name__}) is not one matrix with a "
-                f"row for each of {self.num_experts} experts; this family cannot be compressed"
+                f"row for each of {self.num_router_rows} experts; this family cannot be compressed"
             )
-
-
-def _is_understood(experts: Any) -> bool:
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
-    has_norm = getattr(experts, "has_post_expert_norm", False)
-    return all(hasattr(experts, flag) for flag in flags) and not has_norm
 
 
 def decoder_layer_of(name: str) -> tuple[str, int]:
