@@ -1,63 +1,41 @@
-"""Clusterers against greedy loops, scipy, and each other."""
+"""Laws that every clusterer keeps; hierarchical ones against greedy loops and scipy."""
 
 import time
-from collections.abc import Callable
-from itertools import combinations
 
 import pytest
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from lightning_smoe.functional.clustering import (
-    Agglomerative,
-    Clusterer,
-    GateMassWard,
-    KMeans,
-    _coordinates,
+from lightning_smoe.functional.centroids import DominantAssignment, PseudoPruning
+from lightning_smoe.functional.clustering import Agglomerative, Clusterer, GateMassWard
+from lightning_smoe.functional.kmeans import KMeans, SphericalKMeans
+from tests.functional.partitions import (
+    cosine_distances,
+    distances,
+    greedy,
+    ones,
+    partition,
+    points,
+    random_mass,
 )
 
 ALL = [
     Agglomerative(),
     Agglomerative("complete"),
     Agglomerative("single"),
+    Agglomerative("ward"),
     KMeans(num_starts=2),
+    KMeans(num_starts=2, points="similarity_rows"),
+    SphericalKMeans(num_starts=2),
     GateMassWard(),
+    DominantAssignment(),
+    PseudoPruning(),
 ]
-Partition = set[frozenset[int]]
 
 
-def points(num_experts: int = 12, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_experts, 4, generator=generator, dtype=torch.float64)
-
-
-def random_mass(num_experts: int = 12, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num_experts, generator=generator, dtype=torch.float64)
-
-
-def ones(num_experts: int) -> Tensor:
-    return torch.ones(num_experts, dtype=torch.float64)
-
-
-def distances(at: Tensor) -> Tensor:
-    return torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def partition(labels: list[int]) -> Partition:
-    return {frozenset(i for i, x in enumerate(labels) if x == label) for label in labels}
-
-
-def greedy(
-    num_experts: int, num_groups: int, cost: Callable[[list[int], list[int]], float]
-) -> Partition:
-    """Merges the cheapest two groups until few enough are left."""
-    groups = [[expert] for expert in range(num_experts)]
-    while len(groups) > num_groups:
-        a, b = min(combinations(groups, 2), key=lambda pair: cost(*pair))
-        groups = [group for group in groups if group not in (a, b)] + [a + b]
-    return {frozenset(group) for group in groups}
+def distances_for(clusterer: Clusterer, at: Tensor) -> Tensor:
+    return cosine_distances(at) if isinstance(clusterer, SphericalKMeans) else distances(at)
 
 
 @pytest.mark.parametrize("num_groups", range(1, 13))
@@ -65,8 +43,24 @@ def greedy(
 def test_groups_are_numbered_by_first_appearance_and_none_is_empty(
     clusterer: Clusterer, num_groups: int
 ) -> None:
-    labels = clusterer(distances(points()), random_mass(), num_groups).tolist()
+    labels = clusterer(distances_for(clusterer, points()), random_mass(), num_groups).tolist()
     assert list(dict.fromkeys(labels)) == list(range(num_groups))
+
+
+@pytest.mark.parametrize("clusterer", ALL, ids=str)
+def test_as_many_groups_as_experts_leave_each_alone(clusterer: Clusterer) -> None:
+    labels = clusterer(distances_for(clusterer, points()), random_mass(), 12)
+    assert labels.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("num_groups", [2, 5, 9])
+@pytest.mark.parametrize("clusterer", ALL, ids=str)
+def test_the_order_of_the_experts_does_not_matter(clusterer: Clusterer, num_groups: int) -> None:
+    distance, mass = distances_for(clusterer, points()), random_mass()
+    labels = clusterer(distance, mass, num_groups)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(num_groups))
+    shuffled = clusterer(distance[order][:, order], mass[order], num_groups)
+    assert partition(shuffled.tolist()) == partition(labels[order].tolist())
 
 
 @pytest.mark.parametrize("clusterer", ALL, ids=str)
@@ -78,15 +72,17 @@ def test_experts_that_are_all_the_same_still_fill_every_group(clusterer: Cluster
 @pytest.mark.parametrize("clusterer", ALL, ids=str)
 def test_duplicates_still_fill_every_group(clusterer: Clusterer) -> None:
     twice = torch.cat([points(4), points(4)])
-    labels = clusterer(distances(twice), ones(8), 6)
+    labels = clusterer(distances_for(clusterer, twice), ones(8), 6)
     assert labels.unique().tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("clusterer", ALL, ids=str)
+@pytest.mark.parametrize("clusterer", [*ALL[:-1], PseudoPruning(capacity=3)], ids=str)
 def test_well_separated_experts_are_told_apart(clusterer: Clusterer) -> None:
     centers = 100 * points(3, seed=5)
     at = centers[[0, 1, 2, 2, 1, 0, 0, 1]] + points(8)
-    labels = clusterer(distances(at), ones(8), 3)
+    # Heaviest, and so the centroids of those who look at mass, are one of each kind.
+    mass = torch.tensor([9, 9, 9, 1, 1, 1, 1, 1], dtype=torch.float64)
+    labels = clusterer(distances_for(clusterer, at), mass, 3)
     assert labels.tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
 
 
@@ -99,7 +95,25 @@ def test_a_single_expert_is_one_group(clusterer: Clusterer) -> None:
 @pytest.mark.parametrize("clusterer", ALL, ids=str)
 def test_impossible_numbers_of_groups_are_refused(clusterer: Clusterer, num_groups: int) -> None:
     with pytest.raises(ValueError, match="impossible with 12 experts; take 1 to 12"):
-        clusterer(distances(points()), ones(12), num_groups)
+        clusterer(distances_for(clusterer, points()), ones(12), num_groups)
+
+
+@pytest.mark.parametrize("clusterer", ALL, ids=str)
+def test_inputs_are_left_as_they_were(clusterer: Clusterer) -> None:
+    distance, mass = distances_for(clusterer, points()), random_mass()
+    clusterer(distance, mass, 4)
+    assert torch.equal(distance, distances_for(clusterer, points()))
+    assert torch.equal(mass, random_mass())
+
+
+@pytest.mark.parametrize("clusterer", ALL, ids=str)
+def test_128_experts_take_no_time(clusterer: Clusterer) -> None:
+    distance, mass = distances_for(clusterer, points(128)), random_mass(128)
+    clusterer(distance[:8, :8], mass[:8], 4)  # Imports are not counted.
+    start = time.process_time()
+    clusterer(distance, mass, 64)
+    # A hundredth of a second, or two for K-means; a cubic search in Python takes seconds.
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("num_groups", [3, 6, 9])
@@ -110,6 +124,18 @@ def test_average_linkage_equals_a_greedy_loop(num_groups: int) -> None:
         return float(distance[a][:, b].mean())
 
     labels = Agglomerative()(distance, ones(12), num_groups).tolist()
+    assert partition(labels) == greedy(12, num_groups, cost)
+
+
+@pytest.mark.parametrize("num_groups", [2, 5, 9])
+def test_ward_linkage_equals_a_greedy_loop(num_groups: int) -> None:
+    at = points()
+
+    def cost(a: list[int], b: list[int]) -> float:
+        apart = (at[a].mean(0) - at[b].mean(0)).square().sum()
+        return len(a) * len(b) / (len(a) + len(b)) * float(apart)
+
+    labels = Agglomerative("ward")(distances(at), ones(12), num_groups).tolist()
     assert partition(labels) == greedy(12, num_groups, cost)
 
 
@@ -149,47 +175,3 @@ def test_gate_mass_ward_without_any_mass_is_ward() -> None:
     distance = distances(points())
     labels = GateMassWard()(distance, 0 * ones(12), 4)
     assert torch.equal(labels, GateMassWard()(distance, ones(12), 4))
-
-
-def test_gate_mass_ward_of_128_experts_takes_no_time() -> None:
-    distance, mass = distances(points(128)), random_mass(128)
-    start = time.process_time()
-    GateMassWard()(distance, mass, 64)
-    # A cubic search takes seconds; a tenth of that leaves room for a busy machine.
-    assert time.process_time() - start < 0.5
-
-
-def test_inputs_are_left_as_they_were() -> None:
-    distance, mass = distances(points()), random_mass()
-    for clusterer in ALL:
-        clusterer(distance, mass, 4)
-    assert torch.equal(distance, distances(points()))
-    assert torch.equal(mass, random_mass())
-
-
-def test_classical_scaling_reproduces_distances_of_points() -> None:
-    distance = distances(points())
-    torch.testing.assert_close(distances(_coordinates(distance)), distance, rtol=0, atol=1e-7)
-
-
-def test_kmeans_finds_the_tightest_of_all_partitions() -> None:
-    at = points(7)
-
-    def spread(labels: list[int]) -> float:
-        groups = [at[list(group)] for group in partition(labels)]
-        return sum(float((group - group.mean(0)).square().sum()) for group in groups)
-
-    found = KMeans(num_starts=50)(distances(at), ones(7), 2).tolist()
-    every = [[number >> expert & 1 for expert in range(7)] for number in range(1, 64)]
-    assert spread(found) == pytest.approx(min(spread(labels) for labels in every))
-
-
-def test_kmeans_with_the_same_seed_gives_the_same_groups() -> None:
-    distance = distances(points(20))
-    first = KMeans(num_starts=1, seed=3)(distance, ones(20), 7)
-    assert torch.equal(first, KMeans(num_starts=1, seed=3)(distance, ones(20), 7))
-
-
-def test_kmeans_without_starts_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_starts=0 tries nothing"):
-        KMeans(num_starts=0)
