@@ -67,7 +67,7 @@ def test_merging_equal_experts_in_other_orders_gives_either_once_they_are_aligne
     assert_same(merger(aligned, SHARES, tokens), expert, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_faithful_merger
 def test_merging_one_expert_changes_nothing(merger: Merger, dtype: torch.dtype) -> None:
     expert = group_of(num_members=1, dtype=dtype)
@@ -102,17 +102,17 @@ def test_a_member_without_traffic_gives_finite_weights(merger: Merger) -> None:
     assert all(part.isfinite().all() for part in parts(merged))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_kind
 @every_merger
-def test_merging_keeps_shapes_and_dtype(merger: Merger, kind: str, dtype: torch.dtype) -> None:
-    members = group_of(kind, dtype=dtype)
-    merged = merger(members, SHARES, tokens_of(dtype=dtype))
-    wide = merger(members.map(lambda part: part.float()), SHARES, tokens_of(dtype=dtype))
+def test_merging_keeps_shapes_and_dtype(merger: Merger, kind: str) -> None:
+    members, tokens = group_of(kind, dtype=torch.bfloat16), tokens_of(dtype=torch.bfloat16)
+    merged = merger(members, SHARES, tokens)
+    wide = merger(members.map(lambda part: part.float()), SHARES, tokens)
     for part, member, exact in zip(parts(merged), parts(members), parts(wide), strict=True):
-        assert part.shape == (1, *member.shape[1:])
-        assert part.dtype == dtype
-        torch.testing.assert_close(part, exact.to(dtype))
+        assert part.shape == exact.shape == (1, *member.shape[1:])
+        assert part.dtype == torch.bfloat16
+        assert exact.dtype == torch.float32
+        torch.testing.assert_close(part, exact.bfloat16())
 
 
 @every_merger
@@ -142,10 +142,10 @@ def test_tokens_are_asked_for_where_they_are_needed(merger: Merger) -> None:
 
 
 @every_merger
-@pytest.mark.parametrize("wrong", [-1.0, float("nan")])
-def test_weights_below_zero_are_refused(merger: Merger, wrong: float) -> None:
-    with pytest.raises(ValueError, match="give each member 0 or more"):
-        merger(group_of(), torch.tensor([1.0, wrong, 1.0]), tokens_of())
+def test_weights_below_zero_are_refused(merger: Merger) -> None:
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="give each member 0 or more"):
+            merger(group_of(), torch.tensor([1.0, wrong, 1.0]), tokens_of())
 
 
 def test_the_heaviest_member_and_of_equals_the_first_is_dominant() -> None:
