@@ -1,8 +1,7 @@
-"""Distances against loops over single tokens."""
+"""Distances against loops over single tokens, and the laws that every distance obeys."""
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,99 +15,152 @@ from lightning_smoe.functional.distance import (
     RouterLogit,
     TokenCosine,
 )
-from lightning_smoe.functional.sums import ExpertSums
+from lightning_smoe.functional.evidence import Evidence, TokenSample
+from lightning_smoe.functional.experts import ExpertWeights
+from lightning_smoe.functional.kernel_distance import LinearCka
+from lightning_smoe.functional.routed_distance import GatedCosine, RoutedMerge
+from lightning_smoe.functional.weight_distance import Weight
+from tests.functional.layers import evidence_of, random_weights, sums_of, swiglu
 
-NUM_TOKENS, NUM_EXPERTS, HIDDEN_SIZE = 6, 5, 3
-GENERATOR = torch.Generator().manual_seed(0)
-# Tokens, experts, hidden.
-OUTPUTS = torch.randn(6, 5, 3, generator=GENERATOR, dtype=torch.float64)
-LOGITS = torch.randn(6, 5, generator=GENERATOR, dtype=torch.float64)
-ALL = [MeanOutput(), MeanOutput("cosine"), Output(), TokenCosine(), RouterLogit()]
+OF_FUNCTIONS: list[Distance] = [
+    MeanOutput(),
+    MeanOutput("cosine"),
+    Output(),
+    TokenCosine(),
+    RoutedMerge(),
+    LinearCka(),
+    LinearCka(debiased=True),
+    Weight(),
+    Weight(align=True),
+]
+ALL = [*OF_FUNCTIONS, RouterLogit(), GatedCosine(), GatedCosine("outputs")]
+LAYERS = [
+    random_weights(),
+    random_weights(gated=False),
+    random_weights(biased=True),
+    random_weights(biased=True, dtype=torch.float32),
+]
 
 
-def sums(outputs: Tensor = OUTPUTS) -> ExpertSums:
-    unit = outputs / outputs.norm(dim=-1, keepdim=True)
-    zeros = torch.zeros(NUM_EXPERTS, dtype=torch.float64)
-    return ExpertSums(
-        num_tokens=torch.tensor(NUM_TOKENS),
-        count=torch.zeros(NUM_EXPERTS, dtype=torch.int64),
-        gate_sum=zeros,
-        output_norm_sum=zeros,
-        gated_norm_sum=zeros,
-        logit_gram=LOGITS.mT @ LOGITS,
-        output_sum=outputs.sum(0),
-        output_gram=(outputs @ outputs.mT).sum(0),
-        output_cosine=(unit @ unit.mT).sum(0),
-    )
+def outputs_of(evidence: Evidence) -> Tensor:
+    """What every expert puts out on every token."""
+    states = evidence.sample.states
+    experts = range(evidence.num_experts)
+    return torch.stack([evidence.weights.outputs(states, e, swiglu).double() for e in experts])
 
 
-def assert_matches(distance: Distance, one_pair: Callable[[int, int], float]) -> None:
-    loop = [[one_pair(i, j) for j in range(NUM_EXPERTS)] for i in range(NUM_EXPERTS)]
+def assert_matches(result: Tensor, one_pair: Callable[[int, int], float]) -> None:
+    experts = range(len(result))
+    loop = [[one_pair(i, j) for j in experts] for i in experts]
     expected = torch.tensor(loop, dtype=torch.float64)
-    torch.testing.assert_close(distance(sums()), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_mean_output_is_the_distance_of_mean_outputs() -> None:
-    mean = OUTPUTS.mean(0)
-    assert_matches(MeanOutput(), lambda i, j: float((mean[i] - mean[j]).norm()))
-
-
-def test_mean_output_by_cosine_ignores_length() -> None:
-    mean = OUTPUTS.mean(0)
+@pytest.mark.parametrize("weights", LAYERS, ids=["gated", "plain", "biased", "float32"])
+def test_mean_output_is_the_distance_of_mean_outputs(weights: ExpertWeights) -> None:
+    evidence = evidence_of(weights)
+    mean = outputs_of(evidence).mean(1)
+    assert_matches(MeanOutput()(evidence), lambda i, j: float((mean[i] - mean[j]).norm()))
     assert_matches(
-        MeanOutput("cosine"), lambda i, j: 1 - float(cosine_similarity(mean[i], mean[j], dim=0))
+        MeanOutput("cosine")(evidence),
+        lambda i, j: 1 - float(cosine_similarity(mean[i], mean[j], dim=0)),
     )
 
 
-def test_output_is_the_root_mean_squared_distance_over_tokens() -> None:
-    def one_pair(i: int, j: int) -> float:
-        squared = [float((token[i] - token[j]).norm()) ** 2 for token in OUTPUTS]
-        return math.sqrt(sum(squared) / NUM_TOKENS)
+@pytest.mark.parametrize("weights", LAYERS, ids=["gated", "plain", "biased", "float32"])
+def test_output_is_the_root_mean_squared_distance_over_tokens(weights: ExpertWeights) -> None:
+    evidence = evidence_of(weights)
+    outputs = outputs_of(evidence)
 
-    assert_matches(Output(), one_pair)
+    def one_pair(i: int, j: int) -> float:
+        squared = [float((a - b).norm()) ** 2 for a, b in zip(outputs[i], outputs[j], strict=True)]
+        return math.sqrt(sum(squared) / len(squared))
+
+    assert_matches(Output()(evidence), one_pair)
 
 
 def test_token_cosine_averages_the_cosine_of_each_token() -> None:
-    def one_pair(i: int, j: int) -> float:
-        cosines = [float(cosine_similarity(token[i], token[j], dim=0)) for token in OUTPUTS]
-        return 1 - sum(cosines) / NUM_TOKENS
+    evidence = evidence_of(random_weights())
+    outputs = outputs_of(evidence)
 
-    assert_matches(TokenCosine(), one_pair)
+    def one_pair(i: int, j: int) -> float:
+        return 1 - float(cosine_similarity(outputs[i], outputs[j], dim=1).mean())
+
+    assert_matches(TokenCosine()(evidence), one_pair)
 
 
 def test_router_logit_compares_columns_of_logits() -> None:
+    evidence = evidence_of(random_weights())
+    logits = evidence.sample.router_logits
     assert_matches(
-        RouterLogit(), lambda i, j: 1 - float(cosine_similarity(LOGITS[:, i], LOGITS[:, j], dim=0))
+        RouterLogit()(evidence),
+        lambda i, j: 1 - float(cosine_similarity(logits[:, i], logits[:, j], dim=0)),
     )
 
 
 @pytest.mark.parametrize("distance", ALL, ids=str)
 def test_distances_are_symmetric_with_a_zero_diagonal(distance: Distance) -> None:
-    result = distance(sums())
+    result = distance(evidence_of(random_weights(biased=True)))
+    assert result.dtype == torch.float64
     assert torch.equal(result, result.mT)
-    assert torch.equal(result.diagonal(), torch.zeros(NUM_EXPERTS, dtype=torch.float64))
+    assert torch.equal(result.diagonal(), torch.zeros(6, dtype=torch.float64))
     assert (result >= 0).all()
-
-
-@pytest.mark.parametrize("distance", ALL[:-1], ids=str)
-def test_equal_experts_are_at_distance_zero(distance: Distance) -> None:
-    outputs = OUTPUTS.clone()
-    outputs[:, 1] = outputs[:, 0]
-    assert distance(sums(outputs))[0, 1] < 1e-7
-
-
-def test_an_expert_with_zero_mean_output_has_cosine_distance_one() -> None:
-    outputs = OUTPUTS.clone()
-    outputs[:, 0] = 0
-    result = MeanOutput("cosine")(replace(sums(), output_sum=outputs.sum(0)))
-    assert result[0].tolist() == [0, 1, 1, 1, 1]
+    assert (result + torch.eye(6) > 0).all()
 
 
 @pytest.mark.parametrize("distance", ALL, ids=str)
-def test_needs_all_experts_says_whether_routed_tokens_are_enough(distance: Distance) -> None:
-    routed_only = replace(sums(), output_sum=None, output_gram=None, output_cosine=None)
-    if distance.needs_all_experts:
-        with pytest.raises(ValueError, match="calibrate with every expert run on every token"):
-            distance(routed_only)
-    else:
-        torch.testing.assert_close(distance(routed_only), distance(sums()))
+def test_the_order_of_experts_does_not_matter(distance: Distance) -> None:
+    evidence = evidence_of(random_weights(biased=True))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    moved = distance(evidence.select(order))
+    torch.testing.assert_close(moved, distance(evidence)[order][:, order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", OF_FUNCTIONS, ids=str)
+def test_equal_experts_are_nearer_than_rounding(distance: Distance) -> None:
+    weights = random_weights().select(torch.tensor([0, 0, 1, 2, 3, 4]))
+    result = distance(evidence_of(weights))
+    assert result[0, 1] < 3e-4 * result.mean()
+
+
+@pytest.mark.parametrize("distance", ALL, ids=str)
+def test_an_expert_that_no_token_visits_has_distances(distance: Distance) -> None:
+    assert distance(evidence_of(random_weights(), unvisited=2)).isfinite().all()
+
+
+@pytest.mark.parametrize("distance", ALL, ids=str)
+def test_an_expert_that_puts_out_nothing_has_distances(distance: Distance) -> None:
+    weights = random_weights()
+    assert weights.gate_proj is not None
+    for tensor in (weights.up_proj, weights.gate_proj, weights.down_proj):
+        tensor[1] = 0
+    assert distance(evidence_of(weights)).isfinite().all()
+
+
+@pytest.mark.parametrize("distance", ALL, ids=str)
+def test_a_single_expert_is_at_distance_zero_from_itself(distance: Distance) -> None:
+    result = distance(evidence_of(random_weights(num_experts=1), top_k=1))
+    assert result.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("distance", ALL, ids=str)
+def test_the_order_of_tokens_does_not_matter(distance: Distance) -> None:
+    evidence = evidence_of(random_weights())
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    sample = evidence.sample
+    fields = (sample.states, sample.router_logits, sample.routing_weights, sample.expert_indices)
+    moved = TokenSample(*(field[order] for field in fields))
+    shuffled = Evidence(sums_of(evidence.weights, moved), moved, evidence.weights, swiglu)
+    torch.testing.assert_close(distance(shuffled), distance(evidence), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_with_zero_mean_output_has_cosine_distance_one() -> None:
+    weights = random_weights()
+    weights.down_proj[0] = 0
+    assert MeanOutput("cosine")(evidence_of(weights))[0].tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_mean_output_takes_no_products_of_pairs() -> None:
+    evidence = evidence_of(random_weights())
+    MeanOutput()(evidence)
+    assert "pairs" not in vars(evidence)
