@@ -161,8 +161,12 @@ def _show(work: Workspace, report: dict[str, Any], folders: dict[str, Path]) -> 
     console.print(to_table(report["teacher"], report["models"]))
     best = "recovered" if "recovered" in folders else "compressed"
     if best in folders:
-        loader = "AutoModelForCausalLM.from_pretrained"
-        if open_checkpoint(folders[best]).experts_per_layer:
+        folder = open_checkpoint(folders[best])
+        loader, options = "AutoModelForCausalLM.from_pretrained", ""
+        if folder.experts_per_layer:
             loader = "lightning_smoe.models.checkpoint.load"
-        console.print(f"The {best} model: {loader}({str(folders[best])!r})", soft_wrap=True)
+        if folder.is_mapped:
+            options = ", trust_remote_code=True"
+        call = f"{loader}({str(folder.path)!r}{options})"
+        console.print(f"The {best} model: {call}", soft_wrap=True)
     console.print(f"Report: {work.folder / 'report.md'}", soft_wrap=True)

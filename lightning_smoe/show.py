@@ -80,7 +80,12 @@ def inspect(checkpoint: str) -> None:
         f"Bytes: {folder.num_bytes} ({folder.num_bytes / 1e6:.1f} MB, {len(folder.shards)} files)",
     ]
     lines += [_describe(i, layers.get(i)) for i in range(config.num_hidden_layers)]
-    if folder.experts_per_layer:
+    if folder.is_mapped:
+        lines.append(
+            "Loads with: transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=True "
+            "(router rows share experts)"
+        )
+    elif folder.experts_per_layer:
         lines.append("Loads with: lightning_smoe.models.checkpoint.load (counts differ by layer)")
     else:
         lines.append("Loads with: transformers.AutoModelForCausalLM.from_pretrained")
@@ -97,9 +102,10 @@ def _describe(index: int, layer: MoELayer | None) -> str:
         "no shared expert" if shared is None else f"shared expert of width {shared[0].in_features}"
     )
     groups = f", {layer.num_router_groups} router groups" if layer.num_router_groups > 1 else ""
+    rows = "" if layer.expert_map is None else f"{layer.num_router_rows} router rows, "
     return (
         f"Layer {index}: {layer.num_experts} experts of width {layer.intermediate_size}, "
-        f"top-{layer.top_k}{groups}, {beside}"
+        f"{rows}top-{layer.top_k}{groups}, {beside}"
     )
 
 

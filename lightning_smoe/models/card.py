@@ -22,6 +22,7 @@ def model_card(
     after: Mapping[str, int],
     steps: Sequence[str],
     manifest: Manifest,
+    mapped: bool = False,
 ) -> str:
     """Writes what a checkpoint is, what made it, and how it loads.
 
@@ -32,8 +33,12 @@ def model_card(
         after: Routed experts of each layer now.
         steps: What was done, a sentence each.
         manifest: What made it.
+        mapped: Router rows share experts.
     """
     uneven = len(set(after.values())) > 1
+    loading: Sequence[str] = _LOAD_UNEVEN if uneven else _LOAD_STOCK
+    if mapped:
+        loading = _LOAD_MAPPED
     counts = [f"* {name}: {before[name]} -> {after[name]} experts" for name in after]
     if len(set(before.values())) == 1 and not uneven:
         old, new = next(iter(before.values())), next(iter(after.values()))
@@ -55,7 +60,7 @@ def model_card(
             "",
             "## Loading",
             "",
-            *(_LOAD_UNEVEN if uneven else _LOAD_STOCK),
+            *loading,
             "",
             "## Made by",
             "",
@@ -72,6 +77,20 @@ _LOAD_STOCK = (
     "model = AutoModelForCausalLM.from_pretrained(folder)",
     "tokenizer = AutoTokenizer.from_pretrained(folder)",
     "```",
+)
+
+_LOAD_MAPPED = (
+    "The router tells apart as many experts as in the original, and several of its rows share one. "
+    "The file `modeling_smoe.py` says so to transformers:",
+    "",
+    "```python",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+    "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+    "```",
+    "",
+    "After `import lightning_smoe` it loads without `trust_remote_code`.",
 )
 
 _LOAD_UNEVEN = (

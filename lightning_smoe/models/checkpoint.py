@@ -101,6 +101,11 @@ def _understood(folder: CheckpointFolder) -> tuple[Any, type[PreTrainedModel]]:
         raise InputError(f"{folder.path} is no causal language model but a {config.model_type}")
     # Any: the mapping is declared for pairs of classes too, which this one never holds.
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not isinstance(config, found.config_class):
+        raise InputError(
+            f"{folder.path} is a {config.model_type}, of which the language model is one part; "
+            "save that part alone as a checkpoint"
+        )
     return config, found
 
 

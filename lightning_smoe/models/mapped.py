@@ -20,34 +20,60 @@ def is_mapped(model: PreTrainedModel) -> bool:
     return any(layer.expert_map is not None for layer in find_moe_layers(model))
 
 
+def check_mappable(model: PreTrainedModel) -> None:
+    """Checks that router rows of a model can come to share experts, before any work.
+
+    Raises:
+        InputError: They cannot, and why.
+    """
+    if is_mapped(model):
+        raise InputError(
+            f"router rows of this {model.config.model_type} share experts already; "
+            "compress the original"
+        )
+    _mapped_class(model)
+
+
 def become_mapped(model: PreTrainedModel) -> None:
     """Makes a model whose layers share experts one of its family's mapped models, in place.
 
-    Layers whose rows have an expert each get a map that says so.
+    Layers whose rows have an expert each get a map that says so. Done twice, it changes nothing.
 
     Raises:
-        InputError: The family cannot be stored so.
+        InputError: The family, or a model with other router rows in each layer, cannot be one.
     """
     config: Any = model.config
-    if text_config(config) is not config:
-        raise InputError(
-            f"experts of {config.model_type} cannot be shared by router rows: its configuration "
-            "holds the language model's as text_config; choose another router repair than a map"
-        )
+    if not config.model_type.startswith(TYPE_PREFIX):
+        made = _mapped_class(model)
+        register(config.model_type)
+        # In place: every module of the model holds this very configuration.
+        model.__class__ = made
+        config.__class__ = made.config_class
+        # A configuration that was read from a file holds its type itself, too.
+        config.model_type = made.config_class.model_type
+        config.architectures = [made.__name__]
     layers = find_moe_layers(model)
     for layer in layers:
         if layer.expert_map is None:
             layer.share(layer.weights(), torch.arange(layer.num_router_rows))
-    if not config.model_type.startswith(TYPE_PREFIX):
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise InputError(f"{config.model_type} is no causal language model of transformers")
-        register(config.model_type)
-        made = mapped_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-        # In place: every module of the model holds this very configuration.
-        model.__class__ = made
-        config.__class__ = made.config_class
-        config.architectures = [made.__name__]
     setattr(config, COUNTS_FIELD, {str(layer.index): layer.num_experts for layer in layers})
+
+
+def _mapped_class(model: PreTrainedModel) -> Any:
+    config: Any = model.config
+    if text_config(config) is not config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"router rows of {config.model_type} cannot share experts: its configuration is not "
+            "that of a language model alone; choose a router repair that fits rows to groups"
+        )
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made = mapped_model(stock)
+    if type(model) is not stock:
+        raise InputError(
+            "router rows cannot share experts where layers have different numbers of rows; "
+            "compress the original"
+        )
+    return made
 
 
 def mapped_fields(model: PreTrainedModel, stored: dict[str, Any]) -> dict[str, Any]:

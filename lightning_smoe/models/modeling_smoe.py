@@ -23,19 +23,20 @@ COUNTS_FIELD = "num_experts_per_layer"
 MAP = "expert_map"
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """Makes the configuration or model class `Mapped<Stock>` of a class of transformers."""
-    stock = getattr(transformers, name.removeprefix(PREFIX), None)
-    if name.startswith(PREFIX) and isinstance(stock, type):
-        if issubclass(stock, PreTrainedConfig):
-            return mapped_config(stock)
-        if issubclass(stock, nn.Module):
-            return mapped_model(stock)
+    # Any: transformers does not say which of its classes can be a key of a cache.
+    stock: Any = getattr(transformers, name.removeprefix(PREFIX), None)
+    kind = stock if name.startswith(PREFIX) and isinstance(stock, type) else object
+    if issubclass(kind, PreTrainedConfig):
+        return mapped_config(stock)
+    if issubclass(kind, nn.Module):
+        return mapped_model(stock)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @cache
-def mapped_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def mapped_config(stock: Any) -> Any:
     """The configuration class of a family's mapped models.
 
     Its field `num_experts_per_layer` is the number of experts of every decoder layer that has any:
@@ -98,7 +99,7 @@ def mapped_model(stock: Any) -> Any:
 
 
 @cache
-def _announce(stock: type[PreTrainedConfig]) -> None:
+def _announce(stock: Any) -> None:
     """Tells transformers the model class of a mapped configuration, and which tokenizer it takes.
 
     Not before one is needed: the module of every family would be imported.
@@ -128,12 +129,13 @@ def share_experts(experts: nn.Module, expert_map: Tensor) -> None:
         expert_map: For each router row, the number of its expert.
     """
     if MAP not in dict(experts.named_buffers(recurse=False)):
-        experts.__class__ = _mapped_experts(type(experts))
+        stock: Any = type(experts)
+        experts.__class__ = _mapped_experts(stock)
     experts.register_buffer(MAP, expert_map)
 
 
 @cache
-def _mapped_experts(stock: type[nn.Module]) -> type[nn.Module]:
+def _mapped_experts(stock: Any) -> Any:
     def forward(
         experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Any:
@@ -147,10 +149,9 @@ def _mapped_experts(stock: type[nn.Module]) -> type[nn.Module]:
     return type(PREFIX + stock.__name__, (stock,), body)
 
 
-def _blank_experts(stock: type[nn.Module]) -> nn.Module:
+def _blank_experts(stock: Any) -> Any:
     made = _mapped_experts(stock)
-    blank: nn.Module = made.__new__(made)
-    return blank
+    return made.__new__(made)
 
 
 def _share_all(model: nn.Module, counts: dict[str, int] | list[int] | None) -> None:
@@ -159,7 +160,7 @@ def _share_all(model: nn.Module, counts: dict[str, int] | list[int] | None) -> N
     Raises:
         ValueError: The counts do not fit the model's layers.
     """
-    found = {int(_layer_number(n)): m for n, m in model.named_modules() if _holds_experts(n, m)}
+    found = {_layer_number(n): m for n, m in model.named_modules() if _holds_experts(n, m)}
     rows = {index: int(module.down_proj.shape[0]) for index, module in found.items()}
     if counts is None:
         counts = list(rows.values())
@@ -183,8 +184,8 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     return name.endswith(".experts") and down_proj is not None and down_proj.dim() == 3
 
 
-def _layer_number(name: str) -> str:
-    return re.findall(r"\.(\d+)\.", name)[0]
+def _layer_number(name: str) -> int:
+    return int(re.findall(r"\.(\d+)\.", name)[0])
 
 
 def _cut(experts: Any, count: int) -> None:

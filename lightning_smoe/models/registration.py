@@ -1,7 +1,9 @@
 """The configurations of mapped models, made known to transformers."""
 
+from typing import Any
+
 from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_smoe.models.modeling_smoe import TYPE_PREFIX, mapped_config
 
@@ -46,7 +48,8 @@ def register(family: str) -> None:
     Args:
         family: Its model type, with or without the prefix of mapped ones.
     """
-    stock = family.removeprefix(TYPE_PREFIX)
-    if stock in CONFIG_MAPPING_NAMES:
-        config = mapped_config(CONFIG_MAPPING[stock])
+    name = family.removeprefix(TYPE_PREFIX)
+    if name in CONFIG_MAPPING:
+        stock: Any = CONFIG_MAPPING[name]
+        config = mapped_config(stock)
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -95,6 +95,29 @@ def test_what_is_handed_over_is_what_the_router_and_its_experts_did(
                 )
 
 
+@torch.no_grad()
+def test_router_rows_that_share_an_expert_are_handed_over_as_that_expert(
+    tiny_moe: PreTrainedModel, tokens: Tensor
+) -> None:
+    full = observed(tiny_moe, tokens, whole(tokens))
+    layer = find_moe_layers(tiny_moe)[0]
+    half = torch.arange(layer.num_experts) // 2
+    # The first row of a pair keeps its expert, the second gets it too.
+    layer.share(layer.weights().select(torch.arange(0, layer.num_experts, 2)), half)
+    before, after = full[layer.name], observed(tiny_moe, tokens, whole(tokens))[layer.name]
+    for field in ("states", "router_logits", "routing_weights"):
+        assert torch.equal(getattr(after, field), getattr(before, field))
+    assert torch.equal(after.expert_indices, half[before.expert_indices])
+    in_order = after.expert_indices.sort(1).values
+    assert bool((in_order[:, 1:] == in_order[:, :-1]).any())
+    assert before.outputs is not None
+    assert after.outputs is not None
+    kept = before.expert_indices % 2 == 0
+    torch.testing.assert_close(
+        after.outputs[kept], before.outputs[kept], rtol=ROUNDING, atol=ROUNDING
+    )
+
+
 def test_outputs_are_handed_over_only_when_they_are_asked_for(tokens: Tensor) -> None:
     model = build("mixtral")
     without = observed(model, tokens, whole(tokens), with_outputs=False)

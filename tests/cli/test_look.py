@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_smoe.models.checkpoint import load
 from tests.cli.command import Workplace, check_refusal, snapshot
 from tests.families import FAMILIES
+from tests.models.sharing import KEPT, save_shared
 
 EXPERTS = re.compile(r"^Layer (\d+): (\d+) experts", re.MULTILINE)
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
@@ -50,6 +51,18 @@ def test_inspect_counts_what_a_compressed_checkpoint_holds(finished_once: Workpl
     model = load(finished_once.out / "compressed")
     assert f"Total parameters: {sum(p.numel() for p in model.parameters())}\n" in shown
     assert EXPERTS.findall(shown) == [("0", "6"), ("2", "6")]
+
+
+def test_shared_experts_are_told_and_generate(work: Workplace) -> None:
+    save_shared(work.folder / "model", work.folder / "shared")
+    shown = work.run("inspect", "shared").out
+    assert "Family: mapped_qwen2_moe (MappedQwen2MoeForCausalLM)\n" in shown
+    assert EXPERTS.findall(shown) == [("0", str(KEPT)), ("2", str(KEPT + 1))]
+    assert "12 router rows, top-4, shared expert" in shown
+    assert "AutoModelForCausalLM.from_pretrained, trust_remote_code=True (router rows" in shown
+    written = work.run("generate", "shared", "--prompt=The sea", "--max_new_tokens=2")
+    assert written.code == 0
+    assert written.out.startswith("The sea")
 
 
 @pytest.mark.parametrize("folder", ["model", "out/compressed", "out/recovered"])

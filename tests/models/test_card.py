@@ -102,6 +102,21 @@ def test_uneven_counts_are_told_layer_by_layer_with_the_loader_they_need(source:
     assert "AutoModelForCausalLM" not in card
 
 
+def test_shared_experts_load_with_the_code_beside_them(source: Path) -> None:
+    card = model_card(
+        "tiny, compressed",
+        CheckpointFolder(source),
+        before=BEFORE,
+        after=UNEVEN,
+        steps=[],
+        manifest=MANIFEST,
+        mapped=True,
+    )
+    assert "* model.layers.2.mlp: 12 -> 6 experts\n" in card
+    assert "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)" in card
+    assert "checkpoint import load" not in card
+
+
 def test_uneven_layers_that_become_even_load_in_stock_transformers(source: Path) -> None:
     card = card_of(source, EVEN, before=UNEVEN | {"model.layers.0.mlp": 9})
     assert "* model.layers.0.mlp: 9 -> 8 experts\n" in card

@@ -55,6 +55,12 @@ def test_a_missing_tensor_is_refused(source: Path, lost: str, message: str) -> N
         load(source)
 
 
+def test_a_language_model_within_a_larger_configuration_is_refused(source: Path) -> None:
+    configure(source, model_type="qwen3_5_moe")
+    with pytest.raises(InputError, match=r"is a qwen3_5_moe, of which the language model is one"):
+        outline(open_checkpoint(source))
+
+
 def test_weights_of_other_sizes_than_the_configuration_says_are_refused(source: Path) -> None:
     configure(source, hidden_size=64)
     with pytest.raises(InputError, match=CANNOT):

@@ -215,6 +215,7 @@ def test_shards_are_read_as_one(checkpoint: Path, sharded: Path) -> None:
 def test_everything_but_weights_configuration_and_card_is_copied_along(checkpoint: Path) -> None:
     kept = ["LICENSE", "chat_template.jinja", "merges.txt", "special_tokens_map.json"]
     left = ["README.md", "smoe.json", ".gitattributes", "pytorch_model.bin", "model.gguf"]
+    left.append("modeling_smoe.py")
     for name in (*kept, *left):
         (checkpoint / name).write_text("{}")
     (checkpoint / "onnx").mkdir()
