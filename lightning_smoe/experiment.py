@@ -39,6 +39,8 @@ class Experiment:
             the result loads with lightning_smoe.models.checkpoint.load only.
         recipe: How experts are chosen and what becomes of the others.
         recovery: How the compressed model is trained against the original by fit.
+        sample_tokens: Calibration tokens, spread over all of the text, that are kept whole for
+            decisions that compare experts on the same tokens; at least 1.
         baselines: Whether the report shows plain frequency and REAP pruning at the same number of
             experts beside the results.
         dtype: Type of the weights while they are worked on; results have the original's type.
@@ -51,6 +53,7 @@ class Experiment:
     layers: Literal["all"] | list[int] = "all"
     recipe: Recipe = Prune()
     recovery: Recovery = Recovery()
+    sample_tokens: int = 16384
     baselines: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overwrite: bool = False
@@ -80,10 +83,16 @@ class Workspace:
         model = outline(self.source)
         self.layers: list[MoELayer] = find_moe_layers(model)
         self.chosen = select_layers(self.layers, experiment.layers)
-        kept = {layer.index: experts_to_keep(experiment.keep, layer) for layer in self.chosen}
-        counted_config(
-            self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
-        )
+        if experiment.sample_tokens < 1:
+            raise InputError(f"model.sample_tokens={experiment.sample_tokens} must be 1 or more")
+        router = experiment.recipe.execution.router
+        kept = {
+            layer.index: experts_to_keep(experiment.keep, layer, router) for layer in self.chosen
+        }
+        if not router.keeps_all_rows:
+            counted_config(
+                self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
+            )
         dropped = sum(
             sum(p.numel() for p in layer.parameters_of("experts"))
             * (1 - kept[layer.index] / layer.num_experts)
@@ -146,18 +155,19 @@ class Workspace:
 
     @cached_property
     def statistics_manifest(self) -> Manifest:
-        """What the statistics are made from; richer ones that are there will do."""
+        """What the statistics are made from."""
         inputs = {
             "checkpoint": self.source.fingerprint,
             "calibration text": self.data.fingerprint("calib"),
+            "sample_tokens": self.experiment.sample_tokens,
             "dtype": self.numbers,
         }
-        needed = self.experiment.recipe.needs_all_experts
-        found = self.found_statistics()
-        richer = Manifest("calibrate", {**inputs, "all_experts": True})
-        if not needed and found is not None and found.digest == richer.digest:
-            return richer
-        return Manifest("calibrate", {**inputs, "all_experts": needed})
+        return Manifest("calibrate", inputs)
+
+    @property
+    def sample_stride(self) -> int:
+        """Of so many calibration tokens one is kept whole."""
+        return max(1, -(-self.data.windows("calib").num_tokens // self.experiment.sample_tokens))
 
     def found_statistics(self) -> Manifest | None:
         """What the statistics that are there, and are to stay, were made from."""
@@ -201,6 +211,8 @@ class Workspace:
         }
         if plan.reads_tokens:
             inputs["calibration text"] = self.data.fingerprint("calib")
+        if plan.needs_sample:
+            inputs["statistics"] = self.statistics_manifest.digest
         return Manifest("compress", inputs)
 
     def recovered_manifest(self, trainer_settings: dict[str, Any]) -> Manifest:

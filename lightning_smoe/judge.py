@@ -128,11 +128,12 @@ def _baselines(work: Workspace) -> Iterator[tuple[str, PreTrainedModel]]:
     """Plain pruning, at the number of experts that the plan keeps in each layer."""
     statistics = Statistics.load(work.statistics_path)
     plans = work.read_plan().by_name()
-    layers = [layer for layer in work.layers if layer.name in plans]
     counts = {name: len(plan.groups) for name, plan in plans.items()}
     for name, saliency in _BASELINES.items():
         model = load(work.source.path, work.dtype)
-        apply_plan(model, make_plan(statistics, layers, Prune(saliency, None), counts))
+        layers = [layer for layer in find_moe_layers(model) if layer.name in plans]
+        plain = Prune(saliency, refit=None, protect=False)
+        apply_plan(model, make_plan(statistics, layers, plain, counts))
         yield name, model
 
 

@@ -32,9 +32,7 @@ def calibrate(trainer: Trainer, work: Workspace) -> None:
     with running_step(trainer, work, work.statistics_path, found=found, wanted=wanted) as needed:
         if not needed:
             return
-        watch = ExpertStatistics(
-            work.data.domains_of("calib"), wanted, bool(wanted.inputs["all_experts"])
-        )
+        watch = ExpertStatistics(work.data.domains_of("calib"), wanted, work.sample_stride)
         module = CalibrationModule(load(work.source.path, work.dtype))
         with _also(trainer, watch):
             trainer.predict(module, datamodule=work.data, return_predictions=False)
@@ -60,10 +58,14 @@ def plan(trainer: Trainer, work: Workspace) -> None:
         return
     with running_step(trainer, work, work.plan_path, found=found, wanted=wanted) as needed:
         if needed and trainer.is_global_zero:
-            counts = {c.name: experts_to_keep(work.experiment.keep, c) for c in work.chosen}
-            statistics = Statistics.load(work.statistics_path)
             recipe = work.experiment.recipe
-            decided = make_plan(statistics, work.chosen, recipe, counts, manifest=wanted)
+            keep, router = work.experiment.keep, recipe.execution.router
+            counts = {c.name: experts_to_keep(keep, c, router) for c in work.chosen}
+            statistics = Statistics.load(work.statistics_path)
+            model = load(work.source.path, work.dtype)
+            model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
+            layers = [layer for layer in find_moe_layers(model) if layer.name in counts]
+            decided = make_plan(statistics, layers, recipe, counts, manifest=wanted)
             decided.save(work.plan_path)
 
 
@@ -71,6 +73,10 @@ def compress(trainer: Trainer, work: Workspace) -> None:
     """Writes compressed/."""
     plan(trainer, work)
     decided = work.read_plan()
+    samples = {}
+    if decided.needs_sample:
+        calibrate(trainer, work)
+        samples = Statistics.load(work.statistics_path).samples
     wanted = work.compressed_manifest(decided)
     found = found_manifest(work.compressed_path)
     with running_step(trainer, work, work.compressed_path, found=found, wanted=wanted) as needed:
@@ -78,10 +84,10 @@ def compress(trainer: Trainer, work: Workspace) -> None:
             return
         model = load(work.source.path, work.dtype)
         if decided.reads_tokens:
-            module = CompressionModule(model, decided)
+            module = CompressionModule(model, decided, samples)
             trainer.predict(module, datamodule=work.data, return_predictions=False)
         else:
-            apply_plan(model, decided)
+            apply_plan(model, decided, samples)
         if trainer.is_global_zero:
             steps = _compression_steps(decided)
             save_result(work, model, work.compressed_path, manifest=wanted, steps=steps)

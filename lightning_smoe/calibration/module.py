@@ -8,14 +8,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.observer import Batch, RoutedTokens, observing
+from lightning_smoe.calibration.sample import is_sampled, joined, take
 from lightning_smoe.calibration.statistics import (
     Statistics,
-    add_all,
     add_routed,
     domain_of_positions,
     empty_sums,
 )
-from lightning_smoe.functional.sums import ExpertSums
+from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 
@@ -45,14 +45,11 @@ class ExpertStatistics(Callback):
     Args:
         domains: Names of the domains, by number.
         manifest: What the statistics are made from.
-        all_experts: Also run every expert on every token, which costs num_experts / top_k times the
-            experts' share of a forward pass; needed by distances between experts' outputs.
+        stride: Keeps one token of so many whole, to compare experts on; at least 1.
     """
 
-    def __init__(
-        self, domains: tuple[str, ...], manifest: Manifest, all_experts: bool = False
-    ) -> None:
-        self._domains, self._manifest, self._all_experts = domains, manifest, all_experts
+    def __init__(self, domains: tuple[str, ...], manifest: Manifest, stride: int = 1) -> None:
+        self._domains, self._manifest, self._stride = domains, manifest, stride
         self._hooks = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,9 +57,8 @@ class ExpertStatistics(Callback):
         layers = find_moe_layers(pl_module)
         device, number = pl_module.device, len(self._domains)
         self._names = {layer.name: layer.name.removeprefix("model.") for layer in layers}
-        self._sums = {
-            layer.name: empty_sums(layer, number, self._all_experts, device) for layer in layers
-        }
+        self._sums = {layer.name: empty_sums(layer, number, device) for layer in layers}
+        self._parts: dict[str, list[TokenSample]] = {layer.name: [] for layer in layers}
         self._hooks.enter_context(observing(layers, lambda: self._batch, self._add, True))
 
     def on_predict_batch_start(
@@ -72,19 +68,25 @@ class ExpertStatistics(Callback):
         is_token = batch["attention_mask"].bool() & batch["valid"][:, None]
         domain = domain_of_positions(batch["domain"], is_token.shape[1])
         self._batch = Batch(is_token.reshape(-1), domain)
+        self._sampled = is_sampled(batch["document"], self._stride)[is_token]
 
     def _add(self, layer: MoELayer, tokens: RoutedTokens) -> None:
-        sums: ExpertSums = self._sums[layer.name]
-        add_routed(sums, tokens)
-        if self._all_experts:
-            add_all(sums, layer, tokens)
+        add_routed(self._sums[layer.name], tokens)
+        self._parts[layer.name].append(take(tokens, self._sampled))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds up the sums of all processes."""
+        """Adds up the sums, and joins the samples, of all processes."""
         self._hooks.close()
-        named = {self._names[name]: sums for name, sums in self._sums.items()}
-        found = Statistics(named, self._domains, self._manifest)
-        self.statistics = found.reduced(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+        sums = {self._names[name]: sums for name, sums in self._sums.items()}
+        samples = {self._names[name]: joined(parts) for name, parts in self._parts.items()}
+        found = Statistics(sums, samples, self._domains, self._manifest)
+
+        def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
+            # Any: Lightning leaves the result of a reduction open.
+            reduced: Any = trainer.strategy.reduce(tensor, reduce_op=how)
+            return torch.as_tensor(reduced)
+
+        self.statistics = found.reduced(trainer.global_rank, reduce)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

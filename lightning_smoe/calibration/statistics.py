@@ -1,39 +1,34 @@
 """Sums over calibration tokens: added up by batch, reduced over processes once, kept in a file."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_smoe.calibration.observer import RoutedTokens
+from lightning_smoe.calibration.sample import Reduce, field_names, gathered
 from lightning_smoe.errors import InputError
-from lightning_smoe.functional.sums import ExpertSums
+from lightning_smoe.functional.evidence import TokenSample
+from lightning_smoe.functional.sums import MAXIMA, ExpertSums
 from lightning_smoe.models.artifact import Manifest, replacing
 from lightning_smoe.models.layer import MoELayer
 
-# Outputs of all experts for a block of tokens: 2**24 float32 numbers are 64 MB.
-_BLOCK_NUMBERS = 1 << 24
 _HEADER = "statistics"
-# Norm below which an output has no direction; far under any float32 activation that matters.
-_SMALLEST_NORM = 1e-20
+_SAMPLE = "sample."
 
 
-def empty_sums(
-    layer: MoELayer, num_domains: int, all_experts: bool, device: torch.device
-) -> ExpertSums:
+def empty_sums(layer: MoELayer, num_domains: int, device: torch.device) -> ExpertSums:
     """Zeros for one layer.
 
     Args:
         layer: The layer, which gives the number of experts and the width.
         num_domains: Domains, on the first axis of every sum.
-        all_experts: Also make room for the sums over outputs of all experts on all tokens.
         device: Where the sums are kept.
     """
     experts, hidden = layer.num_experts, layer.hidden_size
@@ -47,10 +42,11 @@ def empty_sums(
         gate_sum=zeros(experts),
         output_norm_sum=zeros(experts),
         gated_norm_sum=zeros(experts),
+        output_energy_sum=zeros(experts),
+        gated_energy_sum=zeros(experts),
+        output_sum=zeros(experts, hidden),
+        output_max=zeros(experts),
         logit_gram=zeros(experts, experts),
-        output_sum=zeros(experts, hidden) if all_experts else None,
-        output_gram=zeros(experts, experts) if all_experts else None,
-        output_cosine=zeros(experts, experts) if all_experts else None,
     )
 
 
@@ -65,52 +61,23 @@ def add_routed(sums: ExpertSums, tokens: RoutedTokens) -> None:
         flat = torch.zeros(sums.count.numel(), dtype=torch.float64, device=values.device)
         return flat.index_add_(0, slot, values.double().reshape(-1)).view_as(sums.count)
 
-    gates = tokens.routing_weights.float()
-    norms = torch.linalg.vector_norm(tokens.outputs.float(), dim=-1)
+    gates = tokens.routing_weights.double()
+    outputs = tokens.outputs.float()
+    norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
     sums.num_tokens.add_(torch.bincount(tokens.domain, minlength=num_domains))
     sums.count.add_(torch.bincount(slot, minlength=sums.count.numel()).view_as(sums.count))
     sums.gate_sum.add_(by_expert(gates))
     sums.output_norm_sum.add_(by_expert(norms))
     sums.gated_norm_sum.add_(by_expert(gates * norms))
+    sums.output_energy_sum.add_(by_expert(norms.square()))
+    sums.gated_energy_sum.add_(by_expert((gates * norms).square()))
+    largest = outputs.abs().amax(-1).double().reshape(-1)
+    sums.output_max.view(-1).scatter_reduce_(0, slot, largest, "amax")
+    totals = sums.output_sum.flatten(0, 1)
+    totals.index_add_(0, slot, outputs.flatten(0, 1).double())
     for domain in tokens.domain.unique().tolist():
         logits = tokens.router_logits[tokens.domain == domain].double()
         sums.logit_gram[domain].addmm_(logits.T, logits)
-
-
-def add_all(sums: ExpertSums, layer: MoELayer, tokens: RoutedTokens) -> None:
-    """Adds what every expert would have done with every token, in place, in bounded memory."""
-    block = max(1, _BLOCK_NUMBERS // (layer.num_experts * layer.hidden_size))
-    for domain in tokens.domain.unique().tolist():
-        for states in tokens.states[tokens.domain == domain].split(block):
-            _add_block(sums, domain, _outputs_of_all(layer, states))
-
-
-def _outputs_of_all(
-    layer: MoELayer, states: Float[Tensor, "tokens hidden"]
-) -> Float[Tensor, "experts tokens hidden"]:
-    weights = layer.weights()
-    outputs = torch.stack(
-        [
-            layer.activations(states, expert) @ weights.down_proj[expert].T
-            for expert in range(layer.num_experts)
-        ]
-    )
-    if weights.down_bias is not None:
-        outputs += weights.down_bias[:, None]
-    return outputs.float()
-
-
-def _add_block(
-    sums: ExpertSums, domain: int, outputs: Float[Tensor, "experts tokens hidden"]
-) -> None:
-    if sums.output_sum is None or sums.output_gram is None or sums.output_cosine is None:
-        raise ValueError("there is no room for the sums over all experts")
-    flat = outputs.flatten(1)
-    norms = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
-    directions = (outputs / norms).flatten(1)
-    sums.output_sum[domain].add_(outputs.sum(1, dtype=torch.float64))
-    sums.output_gram[domain].add_(flat @ flat.T)
-    sums.output_cosine[domain].add_(directions @ directions.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,30 +86,33 @@ class Statistics:
 
     Args:
         layers: Sums by the layer's name; the first axis of each is the domain.
+        samples: A sample of the tokens by the layer's name, the same tokens for every layer.
         domains: Names of the domains.
         manifest: What made them.
     """
 
     layers: dict[str, ExpertSums]
+    samples: dict[str, TokenSample]
     domains: tuple[str, ...]
     manifest: Manifest
 
-    @property
-    def has_all_experts(self) -> bool:
-        """Whether every expert was run on every token."""
-        return all(sums.output_gram is not None for sums in self.layers.values())
-
-    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "Statistics":
-        """Adds up the sums of all processes.
+    def reduced(self, rank: int, reduce: Reduce) -> "Statistics":
+        """Adds up the sums, and joins the samples, of all processes.
 
         Args:
-            reduce: Sum of a tensor over processes.
+            rank: Number of this process.
+            reduce: Sum or maximum of a tensor over processes, as its second argument says.
         """
+
+        def over_processes(name: str, tensor: Tensor) -> Tensor:
+            return reduce(tensor, "max" if name in MAXIMA else "sum")
+
         layers = {
-            name: ExpertSums(**{k: reduce(t) for k, t in sums.tensors().items()})
+            name: ExpertSums(**{k: over_processes(k, t) for k, t in sums.tensors().items()})
             for name, sums in self.layers.items()
         }
-        return Statistics(layers, self.domains, self.manifest)
+        samples = {name: gathered(sample, rank, reduce) for name, sample in self.samples.items()}
+        return Statistics(layers, samples, self.domains, self.manifest)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file; the manifest and the domains stand in its header."""
@@ -151,6 +121,11 @@ class Statistics:
             for name, sums in self.layers.items()
             for key, tensor in sums.tensors().items()
         }
+        for name, sample in self.samples.items():
+            named = {key: getattr(sample, key) for key in field_names()}
+            # Experts are few: their numbers fit into half the bytes.
+            named["expert_indices"] = named["expert_indices"].int()
+            tensors |= {f"{name}:{_SAMPLE}{k}": t.cpu().contiguous() for k, t in named.items()}
         header = {"manifest": self.manifest.to_json(), "domains": self.domains}
         with replacing(path) as partial:
             # One entry: safetensors writes several in an order that differs from run to run.
@@ -169,13 +144,18 @@ class Statistics:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 name, _, field = key.rpartition(":")
                 layers.setdefault(name, {})[field] = file.get_tensor(key)
+        sums, samples = {}, {}
         try:
-            sums = {n: ExpertSums(**fields) for n, fields in sorted(layers.items(), key=_by_layer)}
-        except TypeError as error:
+            for name, found in sorted(layers.items(), key=_by_layer):
+                sample = {k.removeprefix(_SAMPLE): t for k, t in found.items() if _SAMPLE in k}
+                sample["expert_indices"] = sample["expert_indices"].long()
+                samples[name] = TokenSample(**sample)
+                sums[name] = ExpertSums(**{k: t for k, t in found.items() if _SAMPLE not in k})
+        except (KeyError, TypeError) as error:
             raise InputError(
                 f"{path} holds other sums than this version reads; delete it and calibrate again"
             ) from error
-        return Statistics(sums, domains, manifest)
+        return Statistics(sums, samples, domains, manifest)
 
 
 def _by_layer(item: tuple[str, Any]) -> list[Any]:

@@ -1,22 +1,35 @@
 """A plan carried out on a layer: experts merged or kept, router rows following."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
-from lightning_smoe.functional.alignment import align_neurons
+from lightning_smoe.errors import InputError
+from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.experts import ExpertWeights
-from lightning_smoe.functional.moments import Moments
-from lightning_smoe.functional.router import RouterRows
+from lightning_smoe.functional.merging import GroupTokens
+from lightning_smoe.functional.router import RouterRows, RouterTokens
 from lightning_smoe.models.expert_count import set_expert_count
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.mapped import become_mapped
 from lightning_smoe.models.router import RouterTensor
 
 
 @torch.no_grad()
-def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> None:
-    """Carries out a plan that reads no tokens, in place.
+def apply_plan(
+    model: PreTrainedModel,
+    plan: CompressionPlan,
+    samples: Mapping[str, TokenSample] | None = None,
+) -> None:
+    """Carries out a plan that takes no text through the model, in place.
+
+    Args:
+        model: The original; it is the compressed model afterwards.
+        plan: What becomes of its experts.
+        samples: Samples of tokens by the layer's name, for mergers that look at them.
 
     Raises:
         ValueError: The plan fits its router or its experts on tokens; see `CompressionModule`.
@@ -27,12 +40,19 @@ def apply_plan(model: PreTrainedModel, plan: CompressionPlan) -> None:
     plans = plan.by_name()
     for layer in layers:
         if layer.name in plans:
-            apply_layer(layer, plans[layer.name], plan, None)
-    tell_count(model)
+            apply_layer(layer, plans[layer.name], plan, sample=(samples or {}).get(layer.name))
+    finish(model)
 
 
-def tell_count(model: PreTrainedModel) -> None:
-    """Writes the number of experts into the model's configuration, where all layers agree."""
+def finish(model: PreTrainedModel) -> None:
+    """Tells the model and its configuration what its layers have become.
+
+    The number of experts stands in the configuration where all layers agree; a model whose router
+    rows share experts becomes one of the `map` format.
+    """
+    if any(layer.expert_map is not None for layer in find_moe_layers(model)):
+        become_mapped(model)
+        return
     counts = {layer.num_experts for layer in find_moe_layers(model)}
     if len(counts) == 1:
         set_expert_count(model, counts.pop())
@@ -40,7 +60,12 @@ def tell_count(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def apply_layer(
-    layer: MoELayer, layer_plan: LayerPlan, plan: CompressionPlan, moments: Moments | None
+    layer: MoELayer,
+    layer_plan: LayerPlan,
+    plan: CompressionPlan,
+    *,
+    tokens: RouterTokens | None = None,
+    sample: TokenSample | None = None,
 ) -> None:
     """Carries out one layer's plan, without the refit, in place.
 
@@ -48,11 +73,15 @@ def apply_layer(
         layer: The original layer.
         layer_plan: What becomes of its experts.
         plan: How slots are filled and the router is repaired.
-        moments: Tokens' products for a router repair that is fitted; none if not needed.
+        tokens: What a router repair is fitted on; none if not needed.
+        sample: Tokens for a merger or an alignment that looks at them; none if not needed.
     """
     grouping = layer_plan.grouping
-    weights = _fill_slots(layer, layer_plan, plan)
-    rows = plan.router(router_rows(layer), grouping, moments)
+    weights = _fill_slots(layer, layer_plan, plan, sample)
+    if plan.router.keeps_all_rows:
+        layer.share(weights, grouping.assignment)
+        return
+    rows = plan.router(router_rows(layer), grouping, tokens)
     mixing = grouping.mixing()
     if plan.router.keeps_heaviest:
         mixing = torch.zeros_like(mixing).scatter(1, mixing.argmax(1, keepdim=True), 1.0)
@@ -74,21 +103,37 @@ def router_rows(layer: MoELayer) -> RouterRows:
     return RouterRows(by_kind["weight"], by_kind.get("bias"))
 
 
-def _fill_slots(layer: MoELayer, layer_plan: LayerPlan, plan: CompressionPlan) -> ExpertWeights:
+def _fill_slots(
+    layer: MoELayer, layer_plan: LayerPlan, plan: CompressionPlan, sample: TokenSample | None
+) -> ExpertWeights:
     """Puts one expert into every slot, one group in memory at a time."""
     all_weights = layer.weights()
+    device = all_weights.up_proj.device
     if all(len(group) == 1 for group in layer_plan.groups):
         kept = [group[0] for group in layer_plan.groups]
-        return all_weights.select(torch.tensor(kept, device=all_weights.up_proj.device))
-    shares = layer_plan.grouping.weights
+        return all_weights.select(torch.tensor(kept, device=device))
+    if plan.needs_sample and sample is None:
+        raise InputError(
+            f"{layer.name}: the plan's merger looks at a sample of tokens, and there is none; "
+            "calibrate this model first"
+        )
+    shares = layer_plan.grouping.weights.to(device)
     slots = []
     for group in layer_plan.groups:
-        members = all_weights.select(torch.tensor(group, device=all_weights.up_proj.device))
-        slots.append(_merge(members, shares[list(group)], plan) if len(group) > 1 else members)
+        chosen = torch.tensor(group, device=device)
+        members = all_weights.select(chosen)
+        if len(group) > 1:
+            tokens = None
+            if sample is not None and plan.needs_sample:
+                tokens = GroupTokens(sample.states, sample.gates[:, chosen], layer.activate)
+            members = _merge(members, shares[chosen], plan, tokens)
+        slots.append(members)
     return ExpertWeights.stack(slots)
 
 
-def _merge(members: ExpertWeights, shares: Tensor, plan: CompressionPlan) -> ExpertWeights:
-    if plan.align:
-        members = align_neurons(members, int(shares.argmax()))
-    return plan.merger(members, shares)
+def _merge(
+    members: ExpertWeights, shares: Tensor, plan: CompressionPlan, tokens: GroupTokens | None
+) -> ExpertWeights:
+    if plan.alignment is not None:
+        members = plan.alignment(members, int(shares.argmax()), tokens)
+    return plan.merger(members, shares, tokens)

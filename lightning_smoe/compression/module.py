@@ -2,15 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_smoe.compression.apply import apply_layer, router_rows, tell_count
+from lightning_smoe.compression.apply import apply_layer, finish
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.compression.record import (
     bias_output,
@@ -20,10 +22,16 @@ from lightning_smoe.compression.record import (
     record,
     set_output_weights,
 )
-from lightning_smoe.compression.refit import refit_by_sweeps, refit_jointly
-from lightning_smoe.functional.moments import Moments
+from lightning_smoe.compression.refit import (
+    RefitOutcome,
+    RefitRecord,
+    refit_jointly,
+)
+from lightning_smoe.compression.residual import output_factor, output_wanted
+from lightning_smoe.compression.sweeps import refit_by_sweeps
+from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.refit import Refit
-from lightning_smoe.functional.router import router_features, router_targets
+from lightning_smoe.functional.router import RouterBatch, RouterTokens
 from lightning_smoe.models.layer import MoELayer, decoder_layer_of
 from lightning_smoe.models.walk import WaitingBatch, decoder_layers, embed, run_layer
 
@@ -31,6 +39,15 @@ logger = logging.getLogger(__name__)
 
 # Features of one system of equations: the products of 8,192 features take 0.5 GB.
 _MOST_FEATURES = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class _Taught:
+    """What the original's block and decoder layer gave for one batch."""
+
+    output: Float[Tensor, "tokens hidden"]
+    router_logits: Float[Tensor, "tokens experts"]
+    states: Float[Tensor, "batch sequence hidden"]
 
 
 class CompressionModule(LightningModule):
@@ -44,13 +61,24 @@ class CompressionModule(LightningModule):
     Args:
         model: The original; it is the compressed model afterwards.
         plan: What becomes of its experts.
+        samples: Samples of tokens by the layer's name, for mergers that look at them.
+
+    Attributes:
+        refits: What the refit of each layer did, by the layer's name.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: CompressionPlan,
+        samples: Mapping[str, TokenSample] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self._plan = plan
+        self._samples = samples or {}
         self._batches: list[WaitingBatch] = []
+        self.refits: dict[str, RefitOutcome] = {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Embeds one batch and lets it wait."""
@@ -65,7 +93,7 @@ class CompressionModule(LightningModule):
         # Weights made in inference mode could never be rounded, trained or saved in place.
         with torch.inference_mode(False), torch.no_grad():
             self._walk()
-        tell_count(self.model)
+        finish(self.model)
         self._batches = []
 
     def _walk(self) -> None:
@@ -79,10 +107,10 @@ class CompressionModule(LightningModule):
                 original = _step(layers[index], original, index)
                 compressed = original if same else _step(layers[index], compressed, index)
                 continue
-            targets, original = self._targets(layers[index], original, index, plans[index])
-            error = self._compress(layers[index], compressed, targets, plans[index])
+            teacher, original = self._teach(layers[index], original, index, plans[index])
+            done = self._compress(layers[index], compressed, teacher, plans[index])
             compressed = _step(layers[index], compressed, index)
-            self._log_layer(plans, index, error, time.monotonic() - start)
+            self._log_layer(plans, index, done, time.monotonic() - start)
 
     def _log_layer(
         self, plans: dict[int, LayerPlan], index: int, error: str, seconds: float
@@ -96,72 +124,75 @@ class CompressionModule(LightningModule):
                 index, plan.num_experts, len(plan.groups), error, done, len(plans), left,
             )  # fmt: skip
 
-    def _targets(
+    def _teach(
         self, decoder: nn.Module, batches: Sequence[WaitingBatch], index: int, plan: LayerPlan
-    ) -> tuple[list[Tensor], list[WaitingBatch]]:
-        """The original layer's outputs, and its batches one layer on."""
+    ) -> tuple[list[_Taught], list[WaitingBatch]]:
+        """What the original block does with each batch, and the batches one layer on."""
         layer = _block(decoder, plan.name)
-        targets, after = [], []
+        taught, after = [], []
         for batch in batches:
-            run = _runner(decoder, batch, index)
-            block, states = record(layer, batch.is_token, run)
-            targets.append(block.output)
-            after.append(WaitingBatch(states, batch.calls, batch.is_token))
-        return targets, after
+            block, states = record(layer, batch.is_token, _runner(decoder, batch, index))
+            taught.append(_Taught(block.output, block.tokens.router_logits, states))
+            after.append(batch.moved(states))
+        return taught, after
 
     def _compress(
         self,
         decoder: nn.Module,
         batches: Sequence[WaitingBatch],
-        targets: Sequence[Tensor],
+        teacher: Sequence[_Taught],
         layer_plan: LayerPlan,
     ) -> str:
         layer = _block(decoder, layer_plan.name)
-        moments = None
+        pairs = list(zip(batches, teacher, strict=True))
+        tokens = None
         if self._plan.router.needs_tokens:
-            moments = self._router_moments(decoder, layer, batches, layer_plan)
-        apply_layer(layer, layer_plan, self._plan, moments)
+            batched = (self._router_batch(decoder, layer, *pair) for pair in pairs)
+            tokens = RouterTokens(batched, self._sum_over_processes)
+        sample = self._samples.get(layer.name)
+        sample = None if sample is None else sample.to(self.device)
+        apply_layer(layer, layer_plan, self._plan, tokens=tokens, sample=sample)
         if self._plan.refit is None:
             return ""
-        pairs = list(zip(batches, targets, strict=True))
-        return self._refit(decoder, layer, pairs, self._plan.refit)
+        outcome = self._refit(decoder, layer, pairs, self._plan.refit)
+        self.refits[layer.name] = outcome
+        return f", {outcome}"
 
-    def _router_moments(
-        self,
-        decoder: nn.Module,
-        layer: MoELayer,
-        batches: Sequence[WaitingBatch],
-        layer_plan: LayerPlan,
-    ) -> Moments:
-        """Products of router inputs and wanted logits, under the compressed model's own inputs."""
-        grouping, rows = layer_plan.grouping, router_rows(layer)
-        has_bias = rows.bias is not None
-        width = rows.weight.shape[1] + has_bias
-        moments = Moments.zeros(width, grouping.num_groups, self.device)
-        for batch in batches:
-            block, _ = record(layer, batch.is_token, _runner(decoder, batch, layer.index))
-            inputs = router_features(block.tokens.states, has_bias)
-            moments.add(inputs, router_targets(block.tokens.router_logits, grouping))
-        return moments.reduced(self._sum_over_processes)
+    def _router_batch(
+        self, decoder: nn.Module, layer: MoELayer, batch: WaitingBatch, teacher: _Taught
+    ) -> RouterBatch:
+        """What the original router makes of the compressed model's states, and of its own."""
+        block, _ = record(layer, batch.is_token, _runner(decoder, batch, layer.index))
+        tokens = block.tokens
+        return RouterBatch(tokens.states, tokens.router_logits, teacher.router_logits)
 
     def _refit(
         self,
         decoder: nn.Module,
         layer: MoELayer,
-        pairs: Sequence[tuple[WaitingBatch, Tensor]],
+        pairs: Sequence[tuple[WaitingBatch, _Taught]],
         refit: Refit,
-    ) -> str:
+    ) -> RefitOutcome:
         before = output_weights(layer)
-        records = []
-        for number, (batch, target) in enumerate(pairs):
-            block, _ = record(layer, batch.is_token, _runner(decoder, batch, layer.index))
+        records, factor = [], 1.0
+        for number, (batch, teacher) in enumerate(pairs):
+            run = _runner(decoder, batch, layer.index)
+            block, states = record(layer, batch.is_token, run)
             if number == 0:
                 check_understood(layer, block, output_features(layer, block).values)
-            records.append((block, target - bias_output(layer, block)))
+                if refit.correct_drift:
+                    factor = output_factor(layer, batch.is_token, run)
+            target = teacher.output
+            if refit.correct_drift:
+                mask = batch.is_token
+                target = output_wanted(teacher.states[mask], states[mask], block.output, factor)
+            held_out = batch.held_out[:, None].expand_as(batch.is_token)[batch.is_token]
+            records.append(RefitRecord(block, target - bias_output(layer, block), held_out))
         fit = refit_jointly if before.shape[1] <= _MOST_FEATURES else refit_by_sweeps
-        after, errors = fit(layer, records, before, refit.strength, reduce=self._sum_over_processes)
-        set_output_weights(layer, after)
-        return f", layer error {errors[0]:.3f} -> {errors[1]:.3f} of the output's energy"
+        after, outcome = fit(layer, records, before, refit, reduce=self._sum_over_processes)
+        if outcome.applied:
+            set_output_weights(layer, after)
+        return outcome
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
@@ -181,4 +212,4 @@ def _runner(decoder: nn.Module, batch: WaitingBatch, index: int) -> Callable[[],
 def _step(decoder: nn.Module, batches: Sequence[WaitingBatch], index: int) -> list[WaitingBatch]:
     """Takes every batch through one decoder layer."""
     states = [run_layer(decoder, batch, index) for batch in batches]
-    return [WaitingBatch(s, b.calls, b.is_token) for s, b in zip(states, batches, strict=True)]
+    return [batch.moved(s) for s, batch in zip(states, batches, strict=True)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_smoe.compression.strategy import from_spec, to_spec
 from lightning_smoe.errors import InputError
+from lightning_smoe.functional.alignment import Alignment
 from lightning_smoe.functional.merging import Average, Merger
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import Grouping, RouterRepair, Slice
@@ -21,7 +22,8 @@ from lightning_smoe.models.artifact import Manifest, replacing, write_json
 from lightning_smoe.models.layer import MoELayer
 
 _SCHEMA = 1
-_KEYS = {"schema", "model", "router", "merger", "refit", "align", "layers", "manifest"}
+_STRATEGIES = {"router": RouterRepair, "merger": Merger, "alignment": Alignment, "refit": Refit}
+_KEYS = {"schema", "model", "layers", "manifest", *_STRATEGIES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class LayerPlan:
         groups: Experts of each slot after; a pruned layer has one expert a slot.
         dropped: Experts that are in no slot.
         weights: Share of each expert in the slot it is in, at least 0; equal shares if none.
+        super_experts: Experts of huge outputs that the planner left as they are; for the reader.
     """
 
     name: str
@@ -41,6 +44,7 @@ class LayerPlan:
     groups: tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...] = ()
     weights: Float64[Tensor, " experts"] | None = None
+    super_experts: tuple[int, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -58,8 +62,12 @@ class LayerPlan:
             weights = torch.ones(self.num_experts, dtype=torch.float64)
         return Grouping(assignment, weights)
 
-    def check(self, layer: MoELayer) -> None:
+    def check(self, layer: MoELayer, router: RouterRepair) -> None:
         """Compares with the layer it is for.
+
+        Args:
+            layer: The layer.
+            router: How the router will follow.
 
         Raises:
             InputError: The layer has another number of experts, an expert is in two places or in
@@ -85,6 +93,13 @@ class LayerPlan:
             raise InputError(
                 f"{self.name}: plan.safetensors must give {self.num_experts} shares of 0 or more"
             )
+        if router.keeps_all_rows:
+            if self.dropped:
+                raise InputError(
+                    f"{self.name}: the plan drops experts {list(self.dropped)}, but under the "
+                    f"router {type(router).__name__} every row needs a slot; put them in groups"
+                )
+            return
         if len(self.groups) < layer.top_k:
             raise InputError(
                 f"{self.name}: the plan keeps {len(self.groups)} experts but the router selects "
@@ -116,7 +131,7 @@ class CompressionPlan:
         layers: The layers that change, first layer first; the others keep every bit.
         router: How the router's rows follow.
         merger: How the members of a slot become one expert.
-        align: Whether the members' neurons are matched before they are merged.
+        alignment: How the members' neurons are matched before they are merged; none leaves them.
         refit: Closed-form refit afterwards; none leaves it out.
         model: Fingerprint of the model the plan was made for; empty in a plan written by hand.
         manifest: What made the plan; none for a plan written by hand.
@@ -125,7 +140,7 @@ class CompressionPlan:
     layers: tuple[LayerPlan, ...]
     router: RouterRepair = field(default_factory=Slice)
     merger: Merger = field(default_factory=Average)
-    align: bool = True
+    alignment: Alignment | None = None
     refit: Refit | None = None
     model: str = ""
     manifest: Manifest | None = None
@@ -141,6 +156,13 @@ class CompressionPlan:
     def reads_tokens(self) -> bool:
         """Whether carrying it out reads calibration text."""
         return self.refit is not None or self.router.needs_tokens
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether carrying it out looks at the sample of tokens in the statistics."""
+        return self.merger.needs_tokens or (
+            self.alignment is not None and self.alignment.needs_tokens
+        )
 
     def by_name(self) -> dict[str, LayerPlan]:
         """The layers' plans by name, without those that change nothing."""
@@ -166,7 +188,7 @@ class CompressionPlan:
                     f"layers are {', '.join(there)}"
                 )
         for layer in self.layers:
-            layer.check(there[layer.name])
+            layer.check(there[layer.name], self.router)
 
     def save(self, path: Path) -> None:
         """Writes `plan.json`, and the shares beside it as `plan.safetensors`."""
@@ -179,11 +201,12 @@ class CompressionPlan:
                 "num_experts": layer.num_experts,
                 "groups": [list(group) for group in layer.groups],
                 "dropped": list(layer.dropped),
+                **({"super_experts": list(layer.super_experts)} if layer.super_experts else {}),
             }
             for layer in self.layers
         ]
-        settings = {k: to_spec(getattr(self, k)) for k in ("router", "merger", "refit")}
-        stored = {"schema": _SCHEMA, "model": self.model, **settings, "align": self.align}
+        settings = {k: to_spec(getattr(self, k)) for k in _STRATEGIES}
+        stored = {"schema": _SCHEMA, "model": self.model, **settings}
         manifest = {} if self.manifest is None else {"manifest": self.manifest.to_json()}
         write_json(path, {**stored, "layers": layers, **manifest})
 
@@ -219,17 +242,16 @@ def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
             tuple(tuple(int(e) for e in group) for group in layer["groups"]),
             tuple(int(e) for e in layer.get("dropped", [])),
             weights.get(layer["name"]),
+            tuple(int(e) for e in layer.get("super_experts", [])),
         )
         for layer in stored["layers"]
     )
-    kinds = {"router": RouterRepair, "merger": Merger, "refit": Refit}
     built: dict[str, Any] = {
-        k: from_spec(stored[k], kind) for k, kind in kinds.items() if stored.get(k)
+        k: from_spec(stored[k], kind) for k, kind in _STRATEGIES.items() if stored.get(k)
     }
     return CompressionPlan(
         layers,
         **built,
-        align=bool(stored.get("align", True)),
         model=stored.get("model", ""),
         manifest=Manifest.from_json(stored.get("manifest")),
     )

@@ -1,25 +1,36 @@
-"""From statistics and a recipe to a plan; no model runs."""
+"""From statistics, weights and a recipe to a plan; no model runs."""
 
+import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.compression.recipe import Recipe
 from lightning_smoe.errors import InputError
+from lightning_smoe.functional.evidence import Evidence
+from lightning_smoe.functional.router import RouterRepair
 from lightning_smoe.functional.sums import ExpertSums
+from lightning_smoe.functional.super_experts import super_experts
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.layer import MoELayer
 
+logger = logging.getLogger(__name__)
 
-def experts_to_keep(keep: int | float, layer: MoELayer) -> int:
+
+def experts_to_keep(keep: int | float, layer: MoELayer, router: RouterRepair) -> int:
     """Number of experts that a layer keeps.
 
     Args:
         keep: A fraction of the layer's experts, in (0, 1] and not whole, or a count; 1.0 is all.
         layer: The layer.
+        router: How the router will follow; one that keeps all its rows needs no slot for each
+            expert that it selects.
 
     Raises:
         InputError: It is no number, above the count, or below what the router selects or needs.
@@ -36,6 +47,8 @@ def experts_to_keep(keep: int | float, layer: MoELayer) -> int:
         raise InputError(
             f"model.keep asks for {count} experts but {layer.name} has {layer.num_experts}"
         )
+    if router.keeps_all_rows:
+        return max(count, 1)
     floor = max(layer.top_k, layer.num_router_groups * layer.min_experts_per_router_group)
     if count < floor:
         raise InputError(
@@ -75,6 +88,25 @@ def select_layers(layers: Sequence[MoELayer], wanted: str | Sequence[int]) -> li
     return [there[index] for index in sorted(set(wanted))]
 
 
+def evidence_of(layer: MoELayer, statistics: Statistics) -> Evidence:
+    """Puts together all that is known of a layer.
+
+    Args:
+        layer: The layer of the original, with its weights.
+        statistics: What its experts did on calibration text.
+
+    Raises:
+        InputError: The statistics are of another model.
+    """
+    if layer.name not in statistics.layers:
+        raise InputError(f"the statistics have no layer {layer.name}; calibrate this model")
+    device = layer.router_tensors[0].rows.device
+    sums = {k: t.to(device) for k, t in statistics.layers[layer.name].pooled().tensors().items()}
+    sample = statistics.samples[layer.name].to(device)
+    return Evidence(ExpertSums(**sums), sample, layer.weights(), layer.activate)
+
+
+@torch.no_grad()
 def make_plan(
     statistics: Statistics,
     layers: Sequence[MoELayer],
@@ -87,39 +119,66 @@ def make_plan(
 
     Args:
         statistics: What the experts did on calibration text.
-        layers: Layers to change.
+        layers: Layers to change, with their weights.
         recipe: The method.
         counts: Experts to keep, by the layer's name.
         manifest: What the plan is made from.
 
     Raises:
-        InputError: The statistics are of another model, or lack what the recipe needs.
+        InputError: The statistics are of another model.
     """
-    if recipe.needs_all_experts and not statistics.has_all_experts:
-        raise InputError(
-            "the recipe compares outputs of all experts, and calibration ran the routed ones only; "
-            "calibrate again with this recipe and model.overwrite true"
-        )
+    protected = _super_experts(statistics) if recipe.protects_super_experts else {}
     plans = []
-    for layer in layers:
-        if layer.name not in statistics.layers:
-            raise InputError(f"the statistics have no layer {layer.name}; calibrate this model")
-        sums = statistics.layers[layer.name].pooled()
-        plans.append(_plan_layer(layer, sums, recipe, counts[layer.name]))
-    router, merger, align, refit = recipe.execution
+    for number, layer in enumerate(layers):
+        start = time.monotonic()
+        evidence = evidence_of(layer, statistics)
+        alone = protected.get(layer.name, torch.zeros(layer.num_experts, dtype=torch.bool))
+        plans.append(_plan_layer(layer, evidence, recipe, counts[layer.name], alone=alone))
+        logger.info(
+            "plan: %s, %d -> %d experts in %.1f s; %d of %d layers", layer.name, layer.num_experts,
+            counts[layer.name], time.monotonic() - start, number + 1, len(layers),
+        )  # fmt: skip
     fingerprint = str(statistics.manifest.inputs.get("checkpoint", ""))
-    return CompressionPlan(tuple(plans), router, merger, align, refit, fingerprint, manifest)
+    return CompressionPlan(
+        tuple(plans), **vars(recipe.execution), model=fingerprint, manifest=manifest
+    )
 
 
-def _plan_layer(layer: MoELayer, sums: ExpertSums, recipe: Recipe, num_groups: int) -> LayerPlan:
+def _super_experts(statistics: Statistics) -> dict[str, Bool[Tensor, " experts"]]:
+    largest = [sums.pooled().output_max for sums in statistics.layers.values()]
+    found = {}
+    for name, sums, experts in zip(statistics.layers, largest, super_experts(largest), strict=True):
+        found[name] = torch.zeros(len(sums), dtype=torch.bool)
+        found[name][experts] = True
+    return found
+
+
+def _plan_layer(
+    layer: MoELayer,
+    evidence: Evidence,
+    recipe: Recipe,
+    num_groups: int,
+    *,
+    alone: Bool[Tensor, " experts"],
+) -> LayerPlan:
     total = layer.num_experts
     if num_groups == total:
         return LayerPlan(layer.name, total, tuple((e,) for e in range(total)))
-    blocks = torch.arange(total) * layer.num_router_groups // total
-    assignment, weights = recipe(sums, blocks, num_groups)
+    # Where the router keeps all its rows, its blocks keep theirs, whatever shares a slot.
+    blocks = 1 if recipe.execution.router.keeps_all_rows else layer.num_router_groups
+    size, each = total // blocks, num_groups // blocks
+    assignment = torch.full((total,), -1)
+    weights = torch.ones(total, dtype=torch.float64)
+    for block in range(blocks):
+        members = torch.arange(block * size, (block + 1) * size)
+        part = evidence if blocks == 1 else evidence.select(members)
+        slots, shares = recipe(part, each, alone[members].to(evidence.gates.device))
+        assignment[members] = torch.where(slots < 0, -1, slots + block * each).cpu()
+        weights[members] = shares.cpu()
     groups: list[list[int]] = [[] for _ in range(num_groups)]
     for expert, slot in enumerate(assignment.tolist()):
         if slot >= 0:
             groups[slot].append(expert)
     dropped = tuple((assignment < 0).nonzero().squeeze(1).tolist())
-    return LayerPlan(layer.name, total, tuple(map(tuple, groups)), dropped, weights)
+    kept_alone = tuple(alone.nonzero().squeeze(1).tolist())
+    return LayerPlan(layer.name, total, tuple(map(tuple, groups)), dropped, weights, kept_alone)

@@ -1,21 +1,38 @@
-"""How slots are chosen and filled: prune by a saliency, or merge by a clustering."""
+"""How slots are chosen and filled: prune by a saliency, or merge groups of experts."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from lightning_smoe.functional.clustering import Clusterer, GateMassWard
-from lightning_smoe.functional.distance import Distance, Output
+from lightning_smoe.functional.alignment import Alignment, ByWeights
+from lightning_smoe.functional.evidence import Evidence
+from lightning_smoe.functional.grouping import Clustered, Grouper
 from lightning_smoe.functional.merging import Average, Merger
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import LogSumExp, RouterRepair, Slice
 from lightning_smoe.functional.saliency import Frequency, Reap, Saliency
-from lightning_smoe.functional.sums import ExpertSums
 
 Assignment = Int64[Tensor, " experts"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How slots are filled and the router follows.
+
+    Args:
+        router: How the router's rows follow.
+        merger: How the members of a slot become one expert.
+        alignment: How the members' neurons are matched before they are merged; none leaves them.
+        refit: Closed-form refit afterwards; none leaves it out.
+    """
+
+    router: RouterRepair = Slice()
+    merger: Merger = Average()
+    alignment: Alignment | None = None
+    refit: Refit | None = None
 
 
 class Recipe(ABC):
@@ -23,15 +40,14 @@ class Recipe(ABC):
 
     @abstractmethod
     def __call__(
-        self, sums: ExpertSums, blocks: Int64[Tensor, " experts"], num_groups: int
+        self, evidence: Evidence, num_groups: int, single: Bool[Tensor, " experts"]
     ) -> tuple[Assignment, Float64[Tensor, " experts"]]:
-        """Decides for one layer.
+        """Decides for the experts of one layer, or of one block of its router.
 
         Args:
-            sums: The layer's sums, without a domain axis.
-            blocks: The router's block of each expert (all 0 where it has none); each block keeps
-                the same number of slots and shares none.
+            evidence: All that is known of them.
             num_groups: Slots to leave.
+            single: Experts that stay as they are, each in a slot of its own.
 
         Returns:
             Slot of each expert (-1 = dropped), and its share in the slot.
@@ -39,13 +55,13 @@ class Recipe(ABC):
 
     @property
     @abstractmethod
-    def needs_all_experts(self) -> bool:
-        """Whether calibration must run every expert on every token."""
+    def execution(self) -> Execution:
+        """How the plan is carried out."""
 
     @property
     @abstractmethod
-    def execution(self) -> tuple[RouterRepair, Merger, bool, Refit | None]:
-        """Router repair, merger, whether to align neurons first, and refit."""
+    def protects_super_experts(self) -> bool:
+        """Whether super experts stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -55,79 +71,80 @@ class Prune(Recipe):
     Args:
         saliency: What a layer would miss of an expert.
         refit: Closed-form refit of the kept experts and the shared expert; null leaves it out.
+        protect: Keep super experts, whatever their saliency.
     """
 
     saliency: Saliency = Reap()
     refit: Refit | None = Refit()
+    protect: bool = True
 
     def __call__(
-        self, sums: ExpertSums, blocks: Int64[Tensor, " experts"], num_groups: int
+        self, evidence: Evidence, num_groups: int, single: Bool[Tensor, " experts"]
     ) -> tuple[Assignment, Float64[Tensor, " experts"]]:
-        scores = self.saliency(sums)
-        assignment = torch.full_like(blocks, -1)
-        each = num_groups // int(blocks.max() + 1)
-        kept = []
-        for block in blocks.unique():
-            members = (blocks == block).nonzero().squeeze(1)
-            # Stable: of equal scores the lower index stays, on every machine.
-            order = scores[members].argsort(descending=True, stable=True)
-            kept += members[order[:each]].sort().values.tolist()
-        assignment[kept] = torch.arange(len(kept))
+        scores = self.saliency(evidence).double()
+        # Stable: of equal scores the lower index stays, on every machine.
+        order = torch.where(single, torch.inf, scores).argsort(descending=True, stable=True)
+        kept = order[:num_groups].sort().values
+        assignment = torch.full_like(kept, -1).new_full((len(scores),), -1)
+        assignment[kept] = torch.arange(len(kept), device=kept.device)
         return assignment, torch.ones_like(scores)
 
     @property
-    def needs_all_experts(self) -> bool:
-        """A saliency needs routed tokens only."""
-        return False
+    def execution(self) -> Execution:
+        """Rows are kept as they are, and nothing is merged."""
+        return Execution(refit=self.refit)
 
     @property
-    def execution(self) -> tuple[RouterRepair, Merger, bool, Refit | None]:
-        """Rows are kept as they are, and nothing is merged."""
-        return Slice(), Average(), False, self.refit
+    def protects_super_experts(self) -> bool:
+        """As set."""
+        return self.protect
 
 
 @dataclass(frozen=True)
 class Merge(Recipe):
-    """Clusters experts and puts one merged expert in the place of each group.
+    """Puts one expert in the place of each group of experts.
 
     Args:
-        distance: How far two experts are apart.
-        clusterer: How groups follow from distances.
+        groups: Which experts share a slot.
         weights: Share of each member in its group, by this criterion; null gives equal shares.
         merger: How the members become one expert.
-        align: Match the members' neurons to the heaviest member's before merging.
+        alignment: How the members' neurons are matched to the heaviest member's before merging;
+            null leaves them.
         router: How the router's rows follow.
         refit: Closed-form refit of the merged experts and the shared expert; null leaves it out.
+        protect: Keep super experts as they are, whatever their group would be.
     """
 
-    distance: Distance = Output()
-    clusterer: Clusterer = GateMassWard()
+    groups: Grouper = Clustered()
     weights: Saliency | None = Frequency()
     merger: Merger = Average()
-    align: bool = True
+    alignment: Alignment | None = ByWeights()
     router: RouterRepair = LogSumExp()
     refit: Refit | None = Refit()
+    protect: bool = True
 
     def __call__(
-        self, sums: ExpertSums, blocks: Int64[Tensor, " experts"], num_groups: int
+        self, evidence: Evidence, num_groups: int, single: Bool[Tensor, " experts"]
     ) -> tuple[Assignment, Float64[Tensor, " experts"]]:
-        distance = self.distance(sums)
-        assignment = torch.full_like(blocks, -1)
-        each = num_groups // int(blocks.max() + 1)
-        for number, block in enumerate(blocks.unique()):
-            members = (blocks == block).nonzero().squeeze(1)
-            within = distance[members][:, members]
-            labels = self.clusterer(within, sums.gate_sum[members], each)
-            assignment[members] = labels + number * each
-        shares = None if self.weights is None else self.weights(sums)
-        return assignment, torch.ones_like(sums.gate_sum) if shares is None else shares
+        shares = torch.ones(evidence.num_experts, dtype=torch.float64, device=single.device)
+        if self.weights is not None:
+            shares = self.weights(evidence).double()
+        alone = single.nonzero().squeeze(1)
+        # Where more experts are to stay alone than there are slots for, none is.
+        if not 0 < len(alone) < num_groups:
+            return self.groups(evidence, num_groups), shares
+        others = (~single).nonzero().squeeze(1)
+        assignment = torch.empty_like(others).new_empty(evidence.num_experts)
+        assignment[others] = self.groups(evidence.select(others), num_groups - len(alone))
+        assignment[alone] = torch.arange(num_groups - len(alone), num_groups, device=alone.device)
+        return assignment, shares
 
     @property
-    def needs_all_experts(self) -> bool:
-        """As the distance says."""
-        return self.distance.needs_all_experts
-
-    @property
-    def execution(self) -> tuple[RouterRepair, Merger, bool, Refit | None]:
+    def execution(self) -> Execution:
         """As set."""
-        return self.router, self.merger, self.align, self.refit
+        return Execution(self.router, self.merger, self.alignment, self.refit)
+
+    @property
+    def protects_super_experts(self) -> bool:
+        """As set."""
+        return self.protect

@@ -125,8 +125,10 @@ def expert_features(
     if expert == layer.num_experts and block.shared is not None:
         return slice(None), block.shared
     tokens = block.tokens
-    rows, place = (tokens.expert_indices == expert).nonzero(as_tuple=True)
-    gates = tokens.routing_weights[rows, place].to(tokens.states.dtype)
+    selected = tokens.expert_indices == expert
+    rows = selected.any(1).nonzero().squeeze(1)
+    # A sum: rows of the router that share an expert may both be selected.
+    gates = (tokens.routing_weights * selected)[rows].sum(1).to(tokens.states.dtype)
     return rows, layer.activations(tokens.states[rows], expert) * gates[:, None]
 
 

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# From what gate_proj (none where experts are not gated) and up_proj give to what down_proj takes.
+Activation = Callable[[Tensor | None, Tensor], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
@@ -39,6 +42,22 @@ class ExpertWeights:
         """Takes the named experts, in that order."""
         return self.map(lambda tensor: tensor[experts])
 
+    def activations(
+        self, states: Float[Tensor, "tokens hidden"], expert: int, activate: Activation
+    ) -> Float[Tensor, "tokens intermediate"]:
+        """What an expert's output matrix multiplies."""
+        gate = None
+        if self.gate_proj is not None:
+            gate = _affine(states, self.gate_proj, self.gate_bias, expert)
+        return activate(gate, _affine(states, self.up_proj, self.up_bias, expert))
+
+    def outputs(
+        self, states: Float[Tensor, "tokens hidden"], expert: int, activate: Activation
+    ) -> Float[Tensor, "tokens hidden"]:
+        """An expert's output before its routing weight."""
+        hidden = self.activations(states, expert, activate)
+        return _affine(hidden, self.down_proj, self.down_bias, expert)
+
     def with_down(self, down_proj: Float[Tensor, "experts hidden intermediate"]) -> "ExpertWeights":
         """Takes other output matrices."""
         return replace(self, down_proj=down_proj)
@@ -48,3 +67,8 @@ class ExpertWeights:
         """Puts the experts of several into one, in order."""
         present = [f.name for f in fields(parts[0]) if getattr(parts[0], f.name) is not None]
         return ExpertWeights(**{k: torch.cat([getattr(p, k) for p in parts]) for k in present})
+
+
+def _affine(states: Tensor, matrices: Tensor, biases: Tensor | None, expert: int) -> Tensor:
+    product = states.to(matrices.dtype) @ matrices[expert].T
+    return product if biases is None else product + biases[expert]

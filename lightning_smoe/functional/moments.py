@@ -58,6 +58,10 @@ class Moments:
         """
         return Moments(reduce(self.gram), reduce(self.cross), reduce(self.energy))
 
+    def plus(self, other: "Moments") -> "Moments":
+        """Adds the sums over other tokens."""
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
+
     def error(self, weights: Float[Tensor, "outputs features"]) -> Float64[Tensor, ""]:
         """Squared error of `targets = weights @ features`, relative to the targets' energy."""
         wide = weights.double()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
 
+# One sequence of so many is held out.
+_HELD_OUT = 5
+
 
 @dataclass(eq=False)
 class WaitingBatch:
@@ -22,11 +25,17 @@ class WaitingBatch:
         states: Hidden states that the next layer will read.
         calls: For each layer, the other arguments that the model gives it (masks, positions).
         is_token: Which positions count: neither padding nor a repeat.
+        held_out: Sequences on which fits are judged.
     """
 
     states: Float[Tensor, "batch sequence hidden"]
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     is_token: Bool[Tensor, "batch sequence"]
+    held_out: Bool[Tensor, " batch"]
+
+    def moved(self, states: Float[Tensor, "batch sequence hidden"]) -> "WaitingBatch":
+        """The same batch one layer on."""
+        return replace(self, states=states)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -56,7 +65,9 @@ def embed(
 
     with _replaced_forward(decoder_layers(model), note):
         model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return WaitingBatch(states[0], calls, is_token)
+    # By the text alone, so that neither batches nor processes change what is held out.
+    held_out = input_ids.sum(1) % _HELD_OUT == 0
+    return WaitingBatch(states[0], calls, is_token, held_out)
 
 
 @torch.no_grad()
