@@ -1,6 +1,7 @@
 """The router's rows after experts were dropped or merged."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,23 @@ class RouterRows:
     weight: Float[Tensor, "experts hidden"]
     bias: Float[Tensor, " experts"] | None
 
+    @property
+    def joined(self) -> Float[Tensor, "experts features"]:
+        """The rows with the bias, where there is one, as their last column."""
+        return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
+
+    def like(self, joined: Float[Tensor, "groups features"]) -> "RouterRows":
+        """Takes joined rows apart, with a bias if these rows have one."""
+        if self.bias is None:
+            return RouterRows(joined, None)
+        return RouterRows(joined[:, :-1], joined[:, -1])
+
+    def mixed(self, mixing: Float64[Tensor, "groups experts"]) -> "RouterRows":
+        """Adds up rows, each with its weight."""
+        matrix = mixing.to(self.weight.device)
+        bias = None if self.bias is None else (matrix @ self.bias.double()).to(self.bias.dtype)
+        return RouterRows((matrix @ self.weight.double()).to(self.weight.dtype), bias)
+
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
@@ -42,6 +60,11 @@ class Grouping:
         """Number of slots."""
         return int(self.assignment.max()) + 1
 
+    @property
+    def sizes(self) -> Int64[Tensor, " groups"]:
+        """Number of experts in each slot."""
+        return torch.bincount(self.assignment[self.assignment >= 0])
+
     def members(self, group: int) -> Int64[Tensor, " members"]:
         """Experts of one slot."""
         return (self.assignment == group).nonzero().squeeze(1)
@@ -57,26 +80,64 @@ class Grouping:
         return matrix
 
 
+@dataclass(frozen=True, eq=False)
+class RouterBatch:
+    """What the original router makes of one batch: the same tokens, in the same order, twice.
+
+    Args:
+        states: What the rows multiply, in the compressed model.
+        logits: Raw scores that the original rows give these states.
+        teacher_logits: Raw scores that they gave the original model's states.
+    """
+
+    states: Float[Tensor, "tokens hidden"]
+    logits: Float[Tensor, "tokens experts"]
+    teacher_logits: Float[Tensor, "tokens experts"]
+
+
+@dataclass(frozen=True, eq=False)
+class RouterTokens:
+    """Calibration tokens of one layer, and the way to sum over processes.
+
+    Args:
+        batches: This process's batches; read once, so they may be made while they are read.
+        reduce: Sum of a tensor over processes, which all call it equally often.
+    """
+
+    batches: Iterable[RouterBatch]
+    reduce: Callable[[Tensor], Tensor]
+
+
 class RouterRepair(ABC):
     """New router rows for the slots.
 
     Attributes:
         needs_tokens: Whether it is fitted on calibration tokens.
+        needs_bias: Whether slots of several experts need a router bias; other families are refused.
         keeps_heaviest: Whether a slot answers as its heaviest member alone, also where experts are
             selected; otherwise selection biases are averaged by share.
+        keeps_all_rows: Whether the router stays as it is, several rows share a slot, and `__call__`
+            is not used.
     """
 
     needs_tokens: ClassVar[bool]
+    needs_bias: ClassVar[bool] = False
     keeps_heaviest: ClassVar[bool] = False
+    keeps_all_rows: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
+    def __call__(
+        self, rows: RouterRows, grouping: Grouping, tokens: RouterTokens | None
+    ) -> RouterRows:
         """Finds the rows.
 
         Args:
             rows: The original rows.
             grouping: Which experts share a slot.
-            moments: Products of `router_features` and `router_targets`; none if not needed.
+            tokens: What the rows are fitted on; none if not needed.
+
+        Raises:
+            ValueError: There are no tokens and they are needed.
         """
 
 
@@ -84,14 +145,17 @@ class RouterRepair(ABC):
 class Slice(RouterRepair):
     """Keeps the row of each slot's heaviest member.
 
-    For pruning that is the kept expert's own row; for merging, the row of the group's centre
-    (REAM, https://arxiv.org/abs/2604.04356).
+    For pruning that is the kept expert's own row. For merging it is the row of the group's centre,
+    as in REAM (https://arxiv.org/abs/2604.04356), if shares are the saliency that chose the
+    centres. Among members of equal share the first expert is the heaviest.
     """
 
     needs_tokens: ClassVar[bool] = False
     keeps_heaviest: ClassVar[bool] = True
 
-    def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
+    def __call__(
+        self, rows: RouterRows, grouping: Grouping, tokens: RouterTokens | None
+    ) -> RouterRows:
         heaviest = grouping.mixing().argmax(1).to(rows.weight.device)
         bias = None if rows.bias is None else rows.bias[heaviest]
         return RouterRows(rows.weight[heaviest], bias)
@@ -107,11 +171,11 @@ class MeanRows(RouterRepair):
 
     needs_tokens: ClassVar[bool] = False
 
-    def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
+    def __call__(
+        self, rows: RouterRows, grouping: Grouping, tokens: RouterTokens | None
+    ) -> RouterRows:
         equal = Grouping(grouping.assignment, torch.ones_like(grouping.weights))
-        mean = equal.mixing().to(rows.weight.device)
-        bias = None if rows.bias is None else (mean @ rows.bias.double()).to(rows.bias.dtype)
-        return RouterRows((mean @ rows.weight.double()).to(rows.weight.dtype), bias)
+        return rows.mixed(equal.mixing())
 
 
 @dataclass(frozen=True)
@@ -120,7 +184,8 @@ class LogSumExp(RouterRepair):
 
     `argmin_w sum_x (w x - log sum_{j in slot} exp(l_j(x)))^2 + lam ||w - mean row||^2` on the
     calibration tokens: the slot answers to the sum of its members' gates. With sigmoid scores it
-    is the limit of small gates. A slot of one keeps its row.
+    is the limit of small gates: two members of logit 0 had gates of 0.5 each, and the slot gets
+    2/3 where the sum is 1. A slot of one keeps its row.
 
     Args:
         strength: lam relative to the mean energy of a feature, at least 1e-6.
@@ -132,26 +197,48 @@ class LogSumExp(RouterRepair):
     def __post_init__(self) -> None:
         check_strength(self.strength)
 
-    def __call__(self, rows: RouterRows, grouping: Grouping, moments: Moments | None) -> RouterRows:
-        if moments is None:
+    def __call__(
+        self, rows: RouterRows, grouping: Grouping, tokens: RouterTokens | None
+    ) -> RouterRows:
+        if tokens is None:
             raise ValueError("LogSumExp is fitted on calibration tokens and got none")
-        start = MeanRows()(rows, grouping, None)
-        features = start.weight
-        if start.bias is not None:
-            features = torch.cat([start.weight, start.bias[:, None]], dim=1)
-        fitted = ridge_toward(features, moments.gram, moments.cross, self.strength)
-        size = start.weight.shape[1]
-        members = torch.bincount(grouping.assignment[grouping.assignment >= 0])
-        single = (members == 1).to(start.weight.device)
-        weight = torch.where(single[:, None], start.weight, fitted[:, :size])
-        bias = None if start.bias is None else torch.where(single, start.bias, fitted[:, size])
-        return RouterRows(weight, bias)
+        pairs = ((batch.states, batch.logits) for batch in tokens.batches)
+        fitted = ridge_rows(rows, grouping, pairs, strength=self.strength, reduce=tokens.reduce)
+        single = (grouping.sizes == 1).to(rows.weight.device)
+        start = MeanRows()(rows, grouping, None).joined
+        return rows.like(torch.where(single[:, None], start, fitted.joined))
+
+
+def ridge_rows(
+    rows: RouterRows,
+    grouping: Grouping,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    *,
+    strength: float,
+    reduce: Callable[[Tensor], Tensor],
+) -> RouterRows:
+    """Fits rows to the logits that the slots should get, shrunk toward the members' mean row.
+
+    Args:
+        rows: The original rows.
+        grouping: Which experts share a slot.
+        pairs: For each batch of this process, states and the members' logits; read once.
+        strength: Shrinkage relative to the mean energy of a feature, above 0.
+        reduce: Sum of a tensor over processes.
+    """
+    start = MeanRows()(rows, grouping, None).joined
+    moments = Moments.zeros(start.shape[1], grouping.num_groups, start.device)
+    for states, logits in pairs:
+        features = router_features(states, rows.bias is not None)
+        moments.add(features, router_targets(logits, grouping))
+    moments = moments.reduced(reduce)
+    return rows.like(ridge_toward(start, moments.gram, moments.cross, strength))
 
 
 def router_features(
     states: Float[Tensor, "tokens hidden"], has_bias: bool
 ) -> Float[Tensor, "tokens features"]:
-    """What the rows multiply: the states, and a one where there is a bias."""
+    """What the joined rows multiply: the states, and a one where there is a bias."""
     return torch.cat([states, states.new_ones(len(states), 1)], dim=1) if has_bias else states
 
 

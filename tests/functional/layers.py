@@ -8,6 +8,15 @@ from lightning_smoe.functional.evidence import Evidence, TokenSample
 from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.functional.sums import ExpertSums
 
+_NAMES = (
+    "gate_sum",
+    "output_norm_sum",
+    "gated_norm_sum",
+    "output_energy_sum",
+    "gated_energy_sum",
+    "output_max",
+)
+
 
 def swiglu(gate: Tensor | None, up: Tensor) -> Tensor:
     """The activation of gated experts; that of the others where there is no gate."""
@@ -77,9 +86,7 @@ def evidence_of(
 def sums_of(weights: ExpertWeights, sample: TokenSample) -> ExpertSums:
     """The sums of a sample, token by token."""
     num_experts, _, hidden = weights.up_proj.shape
-    names = ("gate_sum", "output_norm_sum", "gated_norm_sum", "output_energy_sum")
-    names = (*names, "gated_energy_sum", "output_max")
-    sums = {name: torch.zeros(num_experts, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(num_experts, dtype=torch.float64) for name in _NAMES}
     count = torch.zeros(num_experts, dtype=torch.int64)
     total = torch.zeros(num_experts, hidden, dtype=torch.float64)
     for token in range(sample.num_tokens):

@@ -1,6 +1,7 @@
 """Costs of slots against what pooling them really loses, and the matching on them."""
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_smoe.functional.pooled_matching import PooledMatching, slot_costs
 from lightning_smoe.functional.pooling import NeuronPool, slot_sums
 from tests.functional.layers import evidence_of, random_weights, sums_of, swiglu
 
-KINDS = [{"gated": True}, {"gated": False}, {"gated": True, "biased": True}]
+KINDS: list[dict[str, Any]] = [{"gated": True}, {"gated": False}, {"gated": True, "biased": True}]
 
 
 def lost(evidence: Evidence, members: list[int]) -> float:
@@ -35,7 +36,7 @@ def costs(evidence: Evidence, slots: list[list[int]]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [[[e] for e in range(6)], [[0, 4], [1], [2, 3, 5]]])
 def test_the_cost_of_joining_is_what_pooling_loses_more(
-    kind: dict[str, bool], slots: list[list[int]]
+    kind: dict[str, Any], slots: list[list[int]]
 ) -> None:
     evidence = evidence_of(random_weights(**kind))
     cost = costs(evidence, slots)

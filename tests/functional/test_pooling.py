@@ -1,6 +1,7 @@
 """Neuron pooling against loops over tokens and neurons."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_smoe.functional.merging import GroupTokens
 from lightning_smoe.functional.pooling import NeuronPool
 from tests.functional.layers import evidence_of, random_weights, swiglu
 
-KINDS = [{"gated": True}, {"gated": False}, {"gated": True, "biased": True}]
+KINDS: list[dict[str, Any]] = [{"gated": True}, {"gated": False}, {"gated": True, "biased": True}]
 
 
 def group_of(evidence: Evidence, members: list[int]) -> tuple[ExpertWeights, GroupTokens]:
@@ -53,7 +54,7 @@ def by_loop(evidence: Evidence, members: list[int]) -> list[tuple[float, Tensor,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("members", [[0, 3], [1, 2, 5]])
 def test_the_slot_holds_the_neurons_of_largest_gain_rescaled(
-    kind: dict[str, bool], members: list[int]
+    kind: dict[str, Any], members: list[int]
 ) -> None:
     evidence = evidence_of(random_weights(**kind))
     slot = pooled(evidence, members)
@@ -78,7 +79,7 @@ def test_the_output_bias_fits_the_summed_gates() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copies", [2, 3])
-def test_pooling_copies_of_one_expert_gives_that_expert(kind: dict[str, bool], copies: int) -> None:
+def test_pooling_copies_of_one_expert_gives_that_expert(kind: dict[str, Any], copies: int) -> None:
     weights = random_weights(**kind)
     weights = weights.map(lambda t: torch.cat([t[:1]] * copies + [t[1:]]))
     evidence = evidence_of(weights)
@@ -122,7 +123,7 @@ def test_experts_that_agree_but_in_output_columns_share_their_neurons() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_order_of_the_members_does_not_matter(kind: dict[str, bool]) -> None:
+def test_the_order_of_the_members_does_not_matter(kind: dict[str, Any]) -> None:
     evidence = evidence_of(random_weights(**kind))
     states = evidence.sample.states
     one, other = pooled(evidence, [0, 3, 4]), pooled(evidence, [4, 0, 3])

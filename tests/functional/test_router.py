@@ -1,56 +1,64 @@
 """Router rows after merging, against loops over slots and members."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_smoe.functional.moments import Moments
 from lightning_smoe.functional.router import (
     Grouping,
     LogSumExp,
     MeanRows,
+    RouterBatch,
     RouterRepair,
     RouterRows,
+    RouterTokens,
     Slice,
     router_features,
     router_targets,
 )
+from lightning_smoe.functional.router_fits import HessianRidge, TeacherLogits, TopKRidge
+from lightning_smoe.functional.router_rows import MeanRowsPlusLogCount, WeightedMeanRows
+from tests.functional.routers import (
+    ASSIGNMENT,
+    BIAS,
+    GROUPING,
+    HEAVIEST,
+    MEMBERS,
+    ROWS,
+    SHARES,
+    STATES,
+    TEACHER_STATES,
+    WEIGHT,
+    WITHOUT_BIAS,
+    features_of,
+    joined,
+    log_sum_exp,
+    logits_of,
+    repaired,
+    tokens_of,
+)
 
-# Experts 1 and 4 share slot 0, expert 5 was dropped, slot 2 has one member.
-ASSIGNMENT = torch.tensor([1, 0, 1, 2, 0, -1, 1])
-SHARES = torch.tensor([1.0, 2.0, 5.0, 3.0, 6.0, 9.0, 4.0], dtype=torch.float64)
-GROUPING = Grouping(ASSIGNMENT, SHARES)
-MEMBERS = [[1, 4], [0, 2, 6], [3]]
-HEAVIEST = [4, 2, 3]
-GENERATOR = torch.Generator().manual_seed(0)
-WEIGHT = torch.randn(7, 8, generator=GENERATOR)
-BIAS = torch.randn(7, generator=GENERATOR)
-STATES = torch.randn(200, 8, generator=GENERATOR)
-ROWS = RouterRows(WEIGHT, BIAS)
-REPAIRS = [Slice(), MeanRows(), LogSumExp()]
-
-
-def moments_of(rows: RouterRows, grouping: Grouping, states: Tensor = STATES) -> Moments:
-    """Products over tokens, as the compression gathers them."""
-    logits = torch.nn.functional.linear(states, rows.weight, rows.bias)
-    features = router_features(states, rows.bias is not None)
-    moments = Moments.zeros(features.shape[1], grouping.num_groups, states.device)
-    moments.add(features, router_targets(logits, grouping))
-    return moments
-
-
-def repaired(
-    repair: RouterRepair, rows: RouterRows = ROWS, grouping: Grouping = GROUPING
-) -> RouterRows:
-    moments = moments_of(rows, grouping) if repair.needs_tokens else None
-    return repair(rows, grouping, moments)
+PLAIN = [Slice(), MeanRows(), WeightedMeanRows(), MeanRowsPlusLogCount()]
+FITTED = [
+    LogSumExp(),
+    TeacherLogits(),
+    HessianRidge(),
+    HessianRidge(states="original"),
+    TopKRidge(top_k=2),
+]
+REPAIRS = [*PLAIN, *FITTED]
+# Those that have no reason to touch a slot of one.
+KEEP_SINGLES = [*PLAIN, LogSumExp()]
+FOR_ALL_FAMILIES = [repair for repair in REPAIRS if not repair.needs_bias]
 
 
 def test_members_and_slots_are_those_of_the_assignment() -> None:
     assert GROUPING.num_groups == 3
     assert [GROUPING.members(group).tolist() for group in range(3)] == MEMBERS
+    assert GROUPING.sizes.tolist() == [2, 3, 1]
 
 
 def test_mixing_divides_each_slot_among_its_members() -> None:
@@ -69,6 +77,15 @@ def test_a_slot_whose_members_weigh_nothing_is_divided_evenly() -> None:
     assert mixing[1].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 0, 0, 0, 1 / 3])
 
 
+@pytest.mark.parametrize("rows", [ROWS, WITHOUT_BIAS], ids=["bias", "no bias"])
+def test_rows_are_joined_with_their_bias_and_taken_apart_again(rows: RouterRows) -> None:
+    again = rows.like(rows.joined)
+    assert torch.equal(again.weight, rows.weight)
+    assert (again.bias is None) == (rows.bias is None)
+    if again.bias is not None:
+        assert torch.equal(again.bias, BIAS)
+
+
 def test_slice_keeps_the_row_of_the_heaviest_member() -> None:
     rows = repaired(Slice())
     assert torch.equal(rows.weight, WEIGHT[HEAVIEST])
@@ -84,52 +101,43 @@ def test_mean_rows_average_the_members_without_weights() -> None:
         torch.testing.assert_close(rows.bias[group], BIAS[members].mean())
 
 
-@pytest.mark.parametrize("bias", [BIAS, None], ids=["bias", "no bias"])
+@pytest.mark.parametrize("given", [ROWS, WITHOUT_BIAS], ids=["bias", "no bias"])
 @pytest.mark.parametrize("strength", [1e-3, 1.0])
 def test_log_sum_exp_is_the_ridge_regression_on_the_summed_exponentials(
-    bias: Tensor | None, strength: float
+    given: RouterRows, strength: float
 ) -> None:
-    given = RouterRows(WEIGHT, bias)
-    rows = repaired(LogSumExp(strength), given)
-    features = torch.cat([STATES, torch.ones(200, 1)], dim=1)[:, : 8 + (bias is not None)].double()
-    logits = torch.nn.functional.linear(STATES, WEIGHT, bias).double()
-    start = MeanRows()(given, GROUPING, None)
+    found = joined(repaired(LogSumExp(strength), given))
+    features, start = features_of(given), joined(MeanRows()(given, GROUPING, None))
+    wanted = log_sum_exp(logits_of(given))
     energy = features.square().sum(0).mean()
-    for group, members in enumerate(MEMBERS[:2]):
-        wanted = torch.tensor([math.log(sum(row[m].exp() for m in members)) for row in logits])
-        first = start.weight[group]
-        if start.bias is not None:
-            first = torch.cat([first, start.bias[group : group + 1]])
-        pull = (strength * energy).sqrt() * torch.eye(features.shape[1], dtype=torch.float64)
+    pull = (strength * energy).sqrt() * torch.eye(features.shape[1], dtype=torch.float64)
+    for group in range(2):
         matrix = torch.cat([features, pull])
-        target = torch.cat([wanted.double(), pull @ first.double()])
-        expected = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0].float()
-        found = rows.weight[group]
-        if rows.bias is not None:
-            found = torch.cat([found, rows.bias[group : group + 1]])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        target = torch.cat([wanted[:, group], pull @ start[group]])
+        expected = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0]
+        torch.testing.assert_close(found[group], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_slot_of_two_equal_experts_gets_their_logit_plus_log_two() -> None:
+@pytest.mark.parametrize("repair", [LogSumExp(1e-6), MeanRowsPlusLogCount()], ids=str)
+def test_a_slot_of_two_equal_experts_gets_their_logit_plus_log_two(repair: RouterRepair) -> None:
     weight, bias = WEIGHT.clone(), BIAS.clone()
     weight[4], bias[4] = weight[1], bias[1]
-    rows = repaired(LogSumExp(1e-6), RouterRows(weight, bias))
+    rows = repaired(repair, RouterRows(weight, bias))
     assert rows.bias is not None
     torch.testing.assert_close(rows.weight[0], weight[1], rtol=0, atol=1e-4)
     assert rows.bias[0].item() == pytest.approx(bias[1].item() + math.log(2), abs=1e-4)
 
 
 def test_without_a_bias_the_slot_answers_to_the_sum_better_than_the_mean_row() -> None:
-    rows = RouterRows(WEIGHT, None)
-    targets = router_targets(STATES @ WEIGHT.T, GROUPING)
+    targets = router_targets(logits_of(WITHOUT_BIAS), GROUPING)
     errors = [
-        (STATES @ repaired(repair, rows).weight.T - targets).square().mean()
+        (logits_of(repaired(repair, WITHOUT_BIAS)) - targets).square().mean()
         for repair in (LogSumExp(), MeanRows())
     ]
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("repair", REPAIRS, ids=str)
+@pytest.mark.parametrize("repair", KEEP_SINGLES, ids=str)
 def test_a_slot_of_one_keeps_its_row_exactly(repair: RouterRepair) -> None:
     rows = repaired(repair)
     assert torch.equal(rows.weight[2], WEIGHT[3])
@@ -138,19 +146,70 @@ def test_a_slot_of_one_keeps_its_row_exactly(repair: RouterRepair) -> None:
 
 
 @pytest.mark.parametrize("repair", REPAIRS, ids=str)
-def test_groups_of_one_are_a_permutation_of_the_rows(repair: RouterRepair) -> None:
+@pytest.mark.parametrize("rows", [ROWS, WITHOUT_BIAS], ids=["bias", "no bias"])
+def test_groups_of_one_are_a_permutation_of_the_rows_where_nothing_drifted(
+    repair: RouterRepair, rows: RouterRows
+) -> None:
     order = torch.tensor([3, 1, 0, 2, 6, 5, 4])
-    rows = repaired(repair, grouping=Grouping(order.argsort(), SHARES))
-    assert torch.equal(rows.weight, WEIGHT[order])
+    tokens = tokens_of(rows, teacher_states=STATES)
+    found = repair(rows, Grouping(order.argsort(), SHARES), tokens)
+    exact = repair in [*KEEP_SINGLES, HessianRidge()]
+    exactly: dict[str, Any] = {"rtol": 0, "atol": 0} if exact else {}
+    torch.testing.assert_close(found.weight, WEIGHT[order], **exactly)
+    if found.bias is not None:
+        torch.testing.assert_close(found.bias, BIAS[order], **exactly)
 
 
 @pytest.mark.parametrize("repair", REPAIRS, ids=str)
+def test_the_order_of_experts_does_not_matter(repair: RouterRepair) -> None:
+    order = torch.tensor([6, 4, 5, 0, 2, 3, 1])
+    rows = RouterRows(WEIGHT[order], BIAS[order])
+    shuffled = repaired(repair, rows, Grouping(ASSIGNMENT[order], SHARES[order]))
+    torch.testing.assert_close(joined(shuffled), joined(repaired(repair)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("repair", REPAIRS, ids=str)
+def test_what_a_dropped_expert_said_does_not_matter(repair: RouterRepair) -> None:
+    weight, bias = WEIGHT.clone(), BIAS.clone()
+    weight[5], bias[5] = 100.0, 100.0
+    assert torch.equal(joined(repaired(repair, RouterRows(weight, bias))), joined(repaired(repair)))
+
+
+@pytest.mark.parametrize("repair", FITTED, ids=str)
+@pytest.mark.parametrize("rows", [ROWS, WITHOUT_BIAS], ids=["bias", "no bias"])
+def test_order_and_size_of_batches_do_not_matter(repair: RouterRepair, rows: RouterRows) -> None:
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    tokens = tokens_of(rows, STATES[order], TEACHER_STATES[order], (3, 0, 100, 97))
+    found = repair(rows, GROUPING, tokens)
+    torch.testing.assert_close(joined(found), joined(repaired(repair, rows)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("repair", FITTED, ids=str)
+def test_without_any_token_a_fit_leaves_the_mean_rows(repair: RouterRepair) -> None:
+    nothing: list[RouterBatch] = []
+    empty = repair(ROWS, GROUPING, RouterTokens(nothing, lambda tensor: tensor))
+    assert torch.equal(joined(empty), joined(repaired(MeanRows())))
+
+
+@pytest.mark.parametrize("repair", FITTED, ids=str)
+def test_states_whose_last_number_is_always_zero_keep_its_mean_weight(
+    repair: RouterRepair,
+) -> None:
+    states, teacher = STATES.clone(), TEACHER_STATES.clone()
+    states[:, -1], teacher[:, -1] = 0, 0
+    found = repair(ROWS, GROUPING, tokens_of(ROWS, states, teacher))
+    assert found.weight.isfinite().all()
+    torch.testing.assert_close(found.weight[:, -1], repaired(MeanRows()).weight[:, -1])
+
+
+@pytest.mark.parametrize("repair", FOR_ALL_FAMILIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_keep_their_dtype_and_a_missing_bias_stays_missing(
     repair: RouterRepair, dtype: torch.dtype
 ) -> None:
-    moments = moments_of(RouterRows(WEIGHT, None), GROUPING)
-    rows = repair(RouterRows(WEIGHT.to(dtype), None), GROUPING, moments)
+    given = RouterRows(WEIGHT.to(dtype), None)
+    tokens = tokens_of(given, STATES.to(dtype), TEACHER_STATES.to(dtype))
+    rows = repair(given, GROUPING, tokens)
     assert rows.weight.dtype == dtype
     assert rows.bias is None
 
@@ -168,19 +227,24 @@ def test_the_original_rows_are_left_alone(repair: RouterRepair) -> None:
 @pytest.mark.parametrize("repair", REPAIRS, ids=str)
 def test_rows_on_a_gpu_follow_a_grouping_on_the_cpu(repair: RouterRepair) -> None:
     rows = RouterRows(WEIGHT.cuda(), BIAS.cuda())
-    found = repair(rows, GROUPING, moments_of(rows, GROUPING, STATES.cuda()))
+    found = repair(rows, GROUPING, tokens_of(rows, STATES.cuda(), TEACHER_STATES.cuda()))
     torch.testing.assert_close(found.weight.cpu(), repaired(repair).weight, rtol=1e-4, atol=1e-4)
 
 
-def test_log_sum_exp_needs_tokens() -> None:
+@pytest.mark.parametrize("repair", FITTED, ids=str)
+def test_a_fit_needs_tokens(repair: RouterRepair) -> None:
+    assert repair.needs_tokens
     with pytest.raises(ValueError, match="fitted on calibration tokens and got none"):
-        LogSumExp()(ROWS, GROUPING, None)
+        repair(ROWS, GROUPING, None)
 
 
+@pytest.mark.parametrize("kind", [LogSumExp, TeacherLogits, HessianRidge, TopKRidge])
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.nan])
-def test_strengths_that_are_not_positive_are_refused(strength: float) -> None:
+def test_strengths_that_are_not_positive_are_refused(
+    kind: type[LogSumExp | TeacherLogits | HessianRidge | TopKRidge], strength: float
+) -> None:
     with pytest.raises(ValueError, match="must be at least"):
-        LogSumExp(strength)
+        kind(strength=strength)
 
 
 def test_features_have_a_one_where_there_is_a_bias() -> None:
@@ -191,9 +255,7 @@ def test_features_have_a_one_where_there_is_a_bias() -> None:
 
 
 def test_targets_are_the_log_of_the_summed_exponentials() -> None:
-    logits = STATES @ WEIGHT.T + BIAS
-    targets = router_targets(logits, GROUPING)
-    for group, members in enumerate(MEMBERS):
-        for token in range(0, 200, 40):
-            total = sum(math.exp(logits[token, member]) for member in members)
-            assert targets[token, group].item() == pytest.approx(math.log(total), abs=1e-5)
+    logits = logits_of(ROWS)
+    targets: Tensor = router_targets(logits, GROUPING)
+    torch.testing.assert_close(targets.double(), log_sum_exp(logits), rtol=0, atol=1e-5)
+    assert torch.equal(targets[:, 2], logits[:, 3])
