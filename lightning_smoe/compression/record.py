@@ -185,7 +185,7 @@ def set_output_weights(layer: MoELayer, weights: Float[Tensor, "hidden features"
     old = layer.weights()
     routed = weights[:, : layer.num_experts * layer.intermediate_size]
     down = routed.unflatten(1, (layer.num_experts, -1)).transpose(0, 1)
-    layer.replace(old.with_down(down), lambda tensor: tensor.rows)
+    layer.store(old.with_down(down))
     if layer.shared_expert is not None:
         matrix = layer.shared_expert[0].weight
         matrix.copy_(weights[:, routed.shape[1] :])

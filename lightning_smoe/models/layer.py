@@ -129,26 +129,29 @@ class MoELayer:
         return found
 
     @torch.no_grad()
-    def replace(
-        self, weights: ExpertWeights, router_rows: Callable[[RouterTensor], Tensor]
-    ) -> None:
+    def replace(self, weights: ExpertWeights, rows_of: Callable[[RouterTensor], Tensor]) -> None:
         """Puts other experts in the block's place, and other router rows, in place.
 
         Args:
             weights: The new experts; their number may differ from the old one.
-            router_rows: The rows (new experts first) of each tensor of the router.
+            rows_of: The rows (new experts first) of each tensor of the router.
 
         Raises:
             InputError: Router rows share experts, so a new number of rows would not say which.
         """
         if self.expert_map is not None:
             raise InputError(f"{self.name}: its router rows share experts; change the original")
-        rows = [(tensor, router_rows(tensor)) for tensor in self.router_tensors]
+        rows = [(tensor, rows_of(tensor)) for tensor in self.router_tensors]
         old_count = self.num_experts
         expert_weights.store_weights(self.experts, weights)
         for tensor, values in rows:
             tensor.set(values)
         self._recount((self.block, *self.router.modules(), self.experts), old_count)
+
+    @torch.no_grad()
+    def store(self, weights: ExpertWeights) -> None:
+        """Puts as many other experts in the place of those there are, in place."""
+        expert_weights.store_weights(self.experts, weights)
 
     @torch.no_grad()
     def share(self, weights: ExpertWeights, assignment: Int[Tensor, " rows"]) -> None:
