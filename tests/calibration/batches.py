@@ -12,6 +12,7 @@ from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistic
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.data.packing import TokenWindows
 from lightning_smoe.data.samplers import PaddedSampler, WindowDataset
+from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.sums import ExpertSums
 from lightning_smoe.models.artifact import Manifest
 from tests.families import EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE
@@ -20,7 +21,7 @@ DOMAINS: Final = ("prose", "code")
 # Odd, so that two processes share them unevenly.
 NUM_SEQUENCES: Final = 13
 CPU: Final = torch.device("cpu")
-MANIFEST: Final = Manifest("calibrate", {"checkpoint": "abc", "all_experts": True})
+MANIFEST: Final = Manifest("calibrate", {"checkpoint": "abc"})
 # Of the largest entry of a sum: products are formed in float32, whose unit is 6e-8.
 RELATIVE: Final = 1e-6
 
@@ -106,10 +107,25 @@ def assert_same_sums(actual: ExpertSums, expected: ExpertSums, relative: float) 
             torch.testing.assert_close(tensor, wanted, rtol=0, atol=atol, msg=name)
 
 
+def assert_same_sample(
+    actual: TokenSample, expected: TokenSample, relative: float = RELATIVE
+) -> None:
+    """The same tokens, in whatever order; states and scores relative to their largest entry."""
+    assert actual.num_tokens == expected.num_tokens
+    found, wanted = (sample.states.double() for sample in (actual, expected))
+    nearest = torch.cdist(wanted, found).argmin(1)
+    assert sorted(nearest.tolist()) == [*range(len(found))]
+    for name in ("states", "router_logits", "gates"):
+        ours, theirs = getattr(actual, name)[nearest], getattr(expected, name)
+        assert ours.dtype == theirs.dtype
+        atol = relative * float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol, msg=name)
+
+
 def gather(
-    model: PreTrainedModel, windows: TokenWindows, all_experts: bool = True, batch_size: int = 4
+    model: PreTrainedModel, windows: TokenWindows, batch_size: int = 4, stride: int = 1
 ) -> Statistics:
     """Statistics of the windows, as the calibrate step gathers them."""
-    watch = ExpertStatistics(windows.domain_names, MANIFEST, all_experts)
+    watch = ExpertStatistics(windows.domain_names, MANIFEST, stride)
     predict(CalibrationModule(model), WindowData(windows, batch_size), watch)
     return watch.statistics

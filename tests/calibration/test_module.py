@@ -19,6 +19,7 @@ from tests.calibration.batches import (
     MANIFEST,
     RELATIVE,
     WindowData,
+    assert_same_sample,
     assert_same_sums,
     gather,
     padded_left,
@@ -43,7 +44,7 @@ def gather_in_processes(
     model: PreTrainedModel, windows: TokenWindows, folder: Path
 ) -> list[Statistics]:
     """What each of two processes ends with."""
-    watch = ExpertStatistics(windows.domain_names, MANIFEST, all_experts=True)
+    watch = ExpertStatistics(windows.domain_names, MANIFEST, stride=2)
     save = SaveStatistics(watch, folder)
     processes = {"devices": 2, "strategy": "ddp_fork"}
     predict(CalibrationModule(model), WindowData(windows), watch, save, **processes)
@@ -54,6 +55,7 @@ def assert_same(actual: Statistics, expected: Statistics, relative: float = RELA
     assert list(actual.layers) == list(expected.layers)
     for name, sums in actual.layers.items():
         assert_same_sums(sums, expected.layers[name], relative)
+        assert_same_sample(actual.samples[name], expected.samples[name], relative)
 
 
 def test_statistics_do_not_depend_on_the_batch_size(tiny_moe: PreTrainedModel) -> None:
@@ -99,7 +101,7 @@ class Repeating(WindowData):
 
 def test_sequences_that_are_repeats_do_not_count() -> None:
     model, windows = build("deepseek_v3"), random_windows()
-    watch = ExpertStatistics(DOMAINS, MANIFEST, all_experts=True)
+    watch = ExpertStatistics(DOMAINS, MANIFEST)
     predict(CalibrationModule(model), Repeating(windows), watch)
     assert_same(watch.statistics, gather(model, windows))
 
@@ -141,14 +143,16 @@ def test_a_callback_can_watch_twice() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("num_sequences", [13, 1])
-def test_two_processes_give_the_sums_of_one(
+def test_two_processes_give_the_sums_and_the_sample_of_one(
     family: str, num_sequences: int, tmp_path: Path
 ) -> None:
     windows = random_windows(num_sequences)
     both = gather_in_processes(build(family), windows, tmp_path)
-    alone = gather(build(family), windows)
-    for sums in both:
-        assert_same(sums, alone)
+    alone = gather(build(family), windows, stride=2)
+    for statistics in both:
+        assert_same(statistics, alone)
+        for name, sample in statistics.samples.items():
+            assert torch.equal(sample.states, both[0].samples[name].states)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "ernie4_5_moe"])
@@ -166,7 +170,7 @@ def test_bfloat16_models_are_summed_in_float64(family: str) -> None:
             )
 
     windows = random_windows()
-    watch = ExpertStatistics(DOMAINS, MANIFEST, all_experts=True)
+    watch = ExpertStatistics(DOMAINS, MANIFEST)
     predict(CalibrationModule(model), WindowData(windows), Note(), watch, precision="bf16-true")
     assert next(model.parameters()).dtype == torch.bfloat16
     sums = next(iter(watch.statistics.layers.values())).pooled()
@@ -192,3 +196,4 @@ def test_statistics_of_shipped_text_count_every_token_of_every_domain() -> None:
     for sums in watch.statistics.layers.values():
         assert sums.num_tokens.tolist() == [64] * 8
         assert sums.count.sum(1).tolist() == [4 * 64] * 8
+    assert {sample.num_tokens for sample in watch.statistics.samples.values()} == {8 * 64}

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_smoe.calibration import statistics
 from lightning_smoe.calibration.observer import RoutedTokens
 from lightning_smoe.calibration.statistics import (
-    add_all,
     add_routed,
     domain_of_positions,
     empty_sums,
@@ -45,10 +43,7 @@ class Seen:
 def loop(seen: Seen, windows: TokenWindows) -> ExpertSums:
     """The sums, token by token and expert by expert, in float64."""
     layer = seen.layer
-    sums = empty_sums(layer, len(DOMAINS), True, CPU)
-    assert sums.output_sum is not None
-    assert sums.output_gram is not None
-    assert sums.output_cosine is not None
+    sums = empty_sums(layer, len(DOMAINS), CPU)
     down, down_bias = layer.weights().down_proj.double(), layer.weights().down_bias
     rows = {tensor.kind: tensor.rows.double() for tensor in layer.router_tensors}
     states, indices, weights = (torch.cat(parts) for parts in zip(*seen.calls, strict=True))
@@ -57,25 +52,23 @@ def loop(seen: Seen, windows: TokenWindows) -> ExpertSums:
         domain = int(windows.domain[token // length])
         state = states[token]
         sums.num_tokens[domain] += 1
-        outputs = []
-        for expert in range(layer.num_experts):
-            output = down[expert] @ layer.activations(state[None], expert)[0].double()
-            outputs.append(output if down_bias is None else output + down_bias[expert].double())
         for place, expert in enumerate(indices[token].tolist()):
-            weight, norm = weights[token, place].double(), outputs[expert].norm()
+            output = down[expert] @ layer.activations(state[None], expert)[0].double()
+            if down_bias is not None:
+                output = output + down_bias[expert].double()
+            weight, norm = weights[token, place].double(), output.norm()
             sums.count[domain, expert] += 1
             sums.gate_sum[domain, expert] += weight
             sums.output_norm_sum[domain, expert] += norm
             sums.gated_norm_sum[domain, expert] += weight * norm
+            sums.output_energy_sum[domain, expert] += norm**2
+            sums.gated_energy_sum[domain, expert] += (weight * norm) ** 2
+            sums.output_sum[domain, expert] += output
+            largest = max(float(sums.output_max[domain, expert]), float(output.abs().max()))
+            sums.output_max[domain, expert] = largest
         logits = rows["weight"] @ state.double() + rows.get("bias", torch.zeros(()))
         for i in range(layer.num_experts):
             sums.logit_gram[domain, i] += logits[i] * logits
-        for i, output in enumerate(outputs):
-            sums.output_sum[domain, i] += output
-            for j, other in enumerate(outputs):
-                product = output @ other
-                sums.output_gram[domain, i, j] += product
-                sums.output_cosine[domain, i, j] += product / (output.norm() * other.norm())
     return sums
 
 
@@ -91,53 +84,6 @@ def test_sums_equal_a_loop_over_tokens_and_experts(tiny_moe: PreTrainedModel) ->
         assert_same_sums(sums, loop(one, windows), RELATIVE)
 
 
-def test_without_all_experts_the_sums_over_routed_tokens_are_the_same(
-    tiny_moe: PreTrainedModel,
-) -> None:
-    windows = random_windows(5)
-    routed, everything = gather(tiny_moe, windows, False), gather(tiny_moe, windows)
-    assert everything.has_all_experts
-    assert not routed.has_all_experts
-    for name, sums in routed.layers.items():
-        tensors = everything.layers[name].tensors()
-        assert len(sums.tensors()) == 6
-        assert all(torch.equal(tensor, tensors[key]) for key, tensor in sums.tensors().items())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("block", [1, 12 * 32 * 3, 1 << 24])
-def test_the_memory_bound_of_all_experts_does_not_change_the_sums(
-    block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = find_moe_layers(build("gpt_oss"))[0]
-    states = torch.randn(10, layer.hidden_size, generator=torch.Generator().manual_seed(0))
-    tokens = RoutedTokens(
-        states,
-        torch.zeros(10, 12),
-        torch.zeros(10, 4),
-        torch.zeros(10, 4, dtype=torch.int64),
-        torch.arange(10) % 2,
-        None,
-    )
-    wanted = empty_sums(layer, 2, True, CPU)
-    add_all(wanted, layer, tokens)
-    monkeypatch.setattr(statistics, "_BLOCK_NUMBERS", block)
-    sums = empty_sums(layer, 2, True, CPU)
-    add_all(sums, layer, tokens)
-    assert_same_sums(sums, wanted, RELATIVE)
-
-
-def test_an_expert_without_output_has_no_direction() -> None:
-    model = build("mixtral")
-    layer = find_moe_layers(model)[0]
-    with torch.no_grad():
-        layer.weights().down_proj[3].zero_()
-    cosine = gather(model, random_windows()).layers[layer.name].output_cosine
-    assert cosine is not None
-    assert not cosine[:, 3].any()
-    assert not cosine.isnan().any()
-
-
 def test_the_sums_of_outputs_need_outputs() -> None:
     model = build("mixtral")
     layer = find_moe_layers(model)[0]
@@ -149,20 +95,49 @@ def test_the_sums_of_outputs_need_outputs() -> None:
         torch.zeros(1, dtype=torch.int64),
         None,
     )
-    sums = empty_sums(layer, 1, False, CPU)
+    sums = empty_sums(layer, 1, CPU)
     with pytest.raises(ValueError, match="observe with outputs"):
         add_routed(sums, tokens)
-    with pytest.raises(ValueError, match="no room for the sums over all experts"):
-        add_all(sums, layer, tokens)
 
 
 def test_every_position_has_the_domain_of_its_sequence() -> None:
     assert domain_of_positions(torch.tensor([1, 0]), 3).tolist() == [1, 1, 1, 0, 0, 0]
 
 
-def test_reducing_applies_to_every_sum() -> None:
-    found = gather(build("mixtral"), random_windows())
-    doubled = found.reduced(lambda tensor: 2 * tensor)
+def test_reducing_adds_up_every_sum_and_takes_the_largest_of_maxima() -> None:
+    found = gather(build("mixtral"), random_windows(3))
+    asked: list[str] = []
+
+    def reduce(tensor: Tensor, how: str) -> Tensor:
+        asked.append(how)
+        return 2 * tensor if how == "sum" else tensor
+
+    doubled = found.reduced(0, reduce)
     for name, sums in found.layers.items():
         tensors = doubled.layers[name].tensors()
-        assert all(torch.equal(tensors[k], 2 * t) for k, t in sums.tensors().items())
+        for key, tensor in sums.tensors().items():
+            factor = 1 if key == "output_max" else 2
+            assert torch.equal(tensors[key], factor * tensor)
+
+
+def test_the_largest_output_of_all_domains_is_the_largest_of_each() -> None:
+    sums = gather(build("mixtral"), random_windows()).layers["model.layers.0.mlp"]
+    largest = sums.output_max
+    for expert in range(12):
+        wanted = max(float(largest[domain, expert]) for domain in range(len(DOMAINS)))
+        assert float(sums.pooled().output_max[expert]) == wanted
+    assert not torch.equal(largest[0], largest[1])
+
+
+def test_an_expert_that_no_token_visits_has_sums_of_zero() -> None:
+    model = build("deepseek_v3")
+    layer = find_moe_layers(model)[0]
+    with torch.no_grad():
+        for tensor in layer.router_tensors:
+            if tensor.kind == "selection":
+                tensor.rows[3] = -100.0
+    sums = gather(model, random_windows()).layers[layer.name]
+    for key, tensor in sums.tensors().items():
+        if key not in ("num_tokens", "logit_gram"):
+            assert not tensor[:, 3].any(), key
+            assert tensor.isfinite().all(), key
