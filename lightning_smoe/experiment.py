@@ -1,12 +1,14 @@
 """One experiment: what a person asks for, checked against what is there, and where results go."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import read_header
 from lightning_smoe.compression.plan import CompressionPlan
@@ -15,10 +17,12 @@ from lightning_smoe.compression.recipe import Prune, Recipe
 from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
+from lightning_smoe.functional.router import RouterRepair
 from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
 from lightning_smoe.models.checkpoint import counted_config, outline
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.mapped import check_mappable, is_mapped
 from lightning_smoe.training.recovery import Recovery
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,6 +93,7 @@ class Workspace:
         kept = {
             layer.index: experts_to_keep(experiment.keep, layer, router) for layer in self.chosen
         }
+        _check_router(router, model, self.chosen)
         if not router.keeps_all_rows:
             counted_config(
                 self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
@@ -252,6 +257,17 @@ class Workspace:
         """
         missing = sum(not path.exists() for path in results)
         require_space(self.folder, missing * self._result_bytes)
+
+
+def _check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
+    """Checks that the family can store what becomes of its router."""
+    if router.keeps_all_rows or is_mapped(model):
+        check_mappable(model)
+    if router.needs_bias and not any(t.kind == "bias" for x in layers for t in x.router_tensors):
+        raise InputError(
+            f"{type(router).__name__} needs routers with a bias, which {model.config.model_type} "
+            "has not; set router to lightning_smoe.functional.router.LogSumExp"
+        )
 
 
 def found_manifest(folder: Path) -> Manifest | None:

@@ -22,6 +22,7 @@ from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.card import model_card
 from lightning_smoe.models.checkpoint import load, save
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.mapped import is_mapped
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,13 @@ def save_result(
     after = {layer.name: layer.num_experts for layer in find_moe_layers(model)}
     title = f"{work.source.name}, {path.name}"
     card = model_card(
-        title, work.source, before=before, after=after, steps=steps, manifest=manifest
+        title,
+        work.source,
+        before=before,
+        after=after,
+        steps=steps,
+        manifest=manifest,
+        mapped=is_mapped(model),
     )
     save(model, work.source, path, manifest=manifest, card=card)
 
