@@ -78,6 +78,6 @@ class ScaleRepair:
 
 
 def scale_outputs(weights: ExpertWeights, scale: float) -> ExpertWeights:
-    """Multiplies what every expert gives by one number, exactly."""
+    """Multiplies what every expert gives by one number."""
     bias = None if weights.down_bias is None else weights.down_bias * scale
     return replace(weights, down_proj=weights.down_proj * scale, down_bias=bias)
