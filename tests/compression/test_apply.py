@@ -122,7 +122,7 @@ def test_a_layer_alone_can_be_compressed() -> None:
     model = build("gpt_oss")
     layer = find_moe_layers(model)[1]
     plan = plan_for([layer], PAIRED, router=MeanRows())
-    apply_layer(layer, plan.layers[0], plan, None)
+    apply_layer(layer, plan.layers[0], plan)
     rows = router_rows(layer)
     assert layer.num_experts == 10
     assert rows.weight.shape == (10, 32)

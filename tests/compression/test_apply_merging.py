@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_smoe.compression.apply import apply_plan, router_rows
+from lightning_smoe.functional.alignment import ByWeights
 from lightning_smoe.functional.router import MeanRows, RouterRepair, Slice
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from tests.compression.plans import PAIRED, copy_expert, plan_for
@@ -47,7 +48,7 @@ def test_a_merge_is_the_weighted_mean_of_a_loop(tiny_moe: PreTrainedModel) -> No
     layers = find_moe_layers(tiny_moe)
     before = [layer.weights().map(torch.clone) for layer in layers]
     shares = 1 + torch.arange(12, dtype=torch.float64)
-    apply_plan(tiny_moe, plan_for(layers, PAIRED, align=False, weights=shares))
+    apply_plan(tiny_moe, plan_for(layers, PAIRED, weights=shares))
     for layer, original in zip(find_moe_layers(tiny_moe), before, strict=True):
         for after, members in zip(parts(layer.weights()), parts(original), strict=True):
             for slot, group in enumerate(PAIRED):
@@ -92,7 +93,7 @@ def test_merging_a_copy_whose_neurons_are_permuted_gives_the_original(
     before = [layer.weights().map(torch.clone) for layer in layers]
     shares = torch.ones(12, dtype=torch.float64)
     shares[1] = 2
-    apply_plan(tiny_moe, plan_for(layers, PAIRED, weights=shares))
+    apply_plan(tiny_moe, plan_for(layers, PAIRED, weights=shares, alignment=ByWeights()))
     for layer, original in zip(find_moe_layers(tiny_moe), before, strict=True):
         for after, expected in zip(parts(layer.weights()), parts(original), strict=True):
             torch.testing.assert_close(after[1], expected[1], rtol=0, atol=1e-6)
@@ -104,7 +105,7 @@ def test_without_alignment_a_permuted_copy_is_blurred() -> None:
     layers = find_moe_layers(model)
     copy_expert(layers[0], 1, 4, torch.arange(24).flip(0))
     original = layers[0].weights().up_proj[1].clone()
-    apply_plan(model, plan_for(layers, PAIRED, align=False))
+    apply_plan(model, plan_for(layers, PAIRED))
     merged = find_moe_layers(model)[0].weights().up_proj[1]
     assert (merged - original).norm() > 0.5 * original.norm()
 
@@ -126,7 +127,7 @@ def test_bfloat16_stays_bfloat16_and_is_merged_in_float32() -> None:
     model = build("gpt_oss").bfloat16()
     layers = find_moe_layers(model)
     before = layers[0].weights().map(torch.clone)
-    apply_plan(model, plan_for(layers, PAIRED, router=MeanRows(), align=False))
+    apply_plan(model, plan_for(layers, PAIRED, router=MeanRows()))
     layer = find_moe_layers(model)[0]
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
     for after, members in zip(parts(layer.weights()), parts(before), strict=True):

@@ -12,9 +12,13 @@ from transformers import PreTrainedModel
 from lightning_smoe.compression.apply import apply_layer, apply_plan
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.errors import InputError
+from lightning_smoe.functional.alignment import ByActivations, ByWeights
+from lightning_smoe.functional.pooling import NeuronPool
 from lightning_smoe.functional.refit import Refit
-from lightning_smoe.functional.router import LogSumExp, MeanRows
+from lightning_smoe.functional.router import LogSumExp, MeanRows, RouterRepair, Slice
+from lightning_smoe.functional.router_rows import Map
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.mapped import is_mapped
 from tests.compression.plans import NAME, Groups, layer_plan, pairs, whole_plan
 from tests.families import build
 
@@ -32,9 +36,9 @@ def grouped() -> MoELayer:
 
 
 def test_a_valid_plan_is_accepted(layers: list[MoELayer], grouped: MoELayer) -> None:
-    layer_plan(pairs()).check(layers[0])
-    layer_plan([[7], [2]], [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]).check(layers[0])
-    layer_plan([[0], [5, 1], [2], [4], *pairs(6, 9), [10], [11]], [3]).check(grouped)
+    layer_plan(pairs()).check(layers[0], Slice())
+    layer_plan([[7], [2]], [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]).check(layers[0], Slice())
+    layer_plan([[0], [5, 1], [2], [4], *pairs(6, 9), [10], [11]], [3]).check(grouped, Slice())
     whole_plan().check(layers, "any model")
     CompressionPlan.identity(layers).check(layers, "any model")
 
@@ -57,7 +61,7 @@ def test_plans_that_misplace_an_expert_are_refused(
     groups: Groups, dropped: Sequence[int], message: str, layers: list[MoELayer]
 ) -> None:
     with pytest.raises(InputError, match=f"{NAME}: the plan {message}"):
-        layer_plan(groups, dropped).check(layers[0])
+        layer_plan(groups, dropped).check(layers[0], Slice())
 
 
 @pytest.mark.parametrize(
@@ -77,13 +81,42 @@ def test_plans_that_mix_the_blocks_of_a_router_are_refused(
 ) -> None:
     message = "2 equal blocks of experts; keep the same number .at least 4. in each block of 6"
     with pytest.raises(InputError, match=message):
-        layer_plan(groups, dropped).check(grouped)
+        layer_plan(groups, dropped).check(grouped, Slice())
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[0, 6], [1], [2], [3, 4, 5], [7], [8], [9], [10, 11]],
+        [[0, 6], [1, 7, 8, 9, 10, 11], [2, 3, 4, 5]],
+        [list(range(12))],
+    ],
+    ids=["merged across", "fewer than top_k", "one"],
+)
+def test_a_router_that_keeps_all_rows_binds_neither_blocks_nor_counts(
+    groups: Groups, grouped: MoELayer
+) -> None:
+    layer_plan(groups).check(grouped, Map())
+    with pytest.raises(InputError):
+        layer_plan(groups).check(grouped, Slice())
+
+
+def test_a_router_that_keeps_all_rows_has_a_slot_for_each(layers: list[MoELayer]) -> None:
+    plan = layer_plan(pairs(2), [0, 1])
+    plan.check(layers[0], Slice())
+    message = (
+        r"drops experts \[0, 1\], but under the router Map every row needs a slot; put them in"
+    )
+    with pytest.raises(InputError, match=message):
+        plan.check(layers[0], Map())
+    with pytest.raises(InputError, match=message):
+        CompressionPlan((plan,), Map()).check(layers, "")
 
 
 def test_a_plan_for_another_number_of_experts_is_refused(layers: list[MoELayer]) -> None:
     plan = LayerPlan(NAME, 3, ((0,), (1,), (2,)))
     with pytest.raises(InputError, match="the plan is for 3 experts and the model has 12"):
-        plan.check(layers[0])
+        plan.check(layers[0], Slice())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +125,7 @@ def test_a_plan_for_another_number_of_experts_is_refused(layers: list[MoELayer])
 def test_shares_that_are_no_shares_are_refused(shares: Tensor, layers: list[MoELayer]) -> None:
     plan = replace(layer_plan(pairs()), weights=shares.double())
     with pytest.raises(InputError, match=r"plan\.safetensors must give 12 shares of 0 or more"):
-        plan.check(layers[0])
+        plan.check(layers[0], Slice())
 
 
 @pytest.mark.parametrize(
@@ -144,6 +177,8 @@ def test_only_layers_that_change_have_work() -> None:
         ({}, False),
         ({"router": MeanRows()}, False),
         ({"router": LogSumExp()}, True),
+        ({"router": Map()}, False),
+        ({"merger": NeuronPool()}, False),
         ({"refit": Refit()}, True),
     ],
 )
@@ -153,13 +188,31 @@ def test_a_plan_reads_tokens_if_router_or_refit_is_fitted(
     assert replace(whole_plan(), **change).reads_tokens == reads
 
 
+@pytest.mark.parametrize(
+    ("change", "needs"),
+    [
+        ({}, False),
+        ({"router": LogSumExp(), "refit": Refit()}, False),
+        ({"alignment": ByWeights()}, False),
+        ({"alignment": ByActivations()}, True),
+        ({"merger": NeuronPool()}, True),
+    ],
+)
+def test_a_plan_needs_the_sample_if_merger_or_alignment_looks_at_it(
+    change: dict[str, Any], needs: bool
+) -> None:
+    assert replace(whole_plan(), **change).needs_sample == needs
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("router", [Slice(), Map()], ids=str)
 def test_the_identity_plan_keeps_every_logit_exactly(
-    tiny_moe: PreTrainedModel, tokens: Tensor
+    tiny_moe: PreTrainedModel, tokens: Tensor, router: RouterRepair
 ) -> None:
     before = tiny_moe(tokens).logits
     plan = CompressionPlan.identity(find_moe_layers(tiny_moe))
-    apply_plan(tiny_moe, plan)
+    apply_plan(tiny_moe, replace(plan, router=router))
+    assert not is_mapped(tiny_moe)
     torch.testing.assert_close(tiny_moe(tokens).logits, before, rtol=0, atol=0)
 
 
@@ -172,7 +225,7 @@ def test_carrying_out_the_identity_keeps_every_tensor_exactly(
     layers = find_moe_layers(tiny_moe)
     plan = CompressionPlan.identity(layers)
     for layer, same in zip(layers, plan.layers, strict=True):
-        apply_layer(layer, same, plan, None)
+        apply_layer(layer, same, plan)
     after = tiny_moe.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -10,11 +10,17 @@ import pytest
 from lightning_smoe.compression.recipe import Merge, Prune, Recipe
 from lightning_smoe.compression.strategy import from_spec, to_spec
 from lightning_smoe.errors import InputError
-from lightning_smoe.functional.clustering import Agglomerative, KMeans
+from lightning_smoe.functional.alignment import Alignment, ByActivations
+from lightning_smoe.functional.clustering import Agglomerative
 from lightning_smoe.functional.distance import MeanOutput
+from lightning_smoe.functional.grouping import Clustered
+from lightning_smoe.functional.kmeans import KMeans
 from lightning_smoe.functional.merging import Average, Merger, UnionSVD
+from lightning_smoe.functional.pooled_matching import PooledMatching
+from lightning_smoe.functional.pooling import NeuronPool
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import LogSumExp, MeanRows, RouterRepair, Slice
+from lightning_smoe.functional.router_rows import Map
 from lightning_smoe.functional.saliency import Frequency, Reap
 
 STRATEGIES = [
@@ -27,7 +33,10 @@ STRATEGIES = [
     (Refit(0.5), Refit),
     (Prune(Frequency(), refit=None), Recipe),
     (Prune(), Recipe),
-    (Merge(MeanOutput("cosine"), KMeans(num_starts=3), weights=None, refit=Refit(2.0)), Recipe),
+    (Refit(correct_drift=False), Refit),
+    (ByActivations(), Alignment),
+    (Merge(Clustered(MeanOutput("cosine"), KMeans(num_starts=3)), None, refit=Refit(2.0)), Recipe),
+    (Merge(PooledMatching(), merger=NeuronPool(), alignment=None, router=Map()), Recipe),
 ]
 # An abstract kind is fine here, but mypy wants type[T] to be concrete.
 MERGER: type[Any] = Merger
@@ -64,7 +73,9 @@ def test_settings_left_out_take_their_defaults() -> None:
 
 def test_recipes_that_differ_within_are_written_differently() -> None:
     assert to_spec(Prune(Reap())) != to_spec(Prune(Frequency()))
-    assert to_spec(Merge(clusterer=Agglomerative())) != to_spec(Merge(clusterer=KMeans()))
+    assert to_spec(Merge(Clustered(clusterer=Agglomerative()))) != to_spec(
+        Merge(Clustered(clusterer=KMeans()))
+    )
 
 
 @pytest.mark.parametrize(
