@@ -1,6 +1,8 @@
 """Times parts of the project beside their floor, in one run: ratios hold on a noisy machine.
 
     python scripts/bench.py calibration
+    python scripts/bench.py plan --rounds 1
+    python scripts/bench.py pairs --rounds 1
 
 The unit is CPU-seconds of this process (all threads), the median over rounds in which the
 candidates take turns.
@@ -13,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -23,6 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.data.text import TextDataModule
+from lightning_smoe.functional.evidence import Evidence, TokenSample
+from lightning_smoe.functional.experts import ExpertWeights
+from lightning_smoe.functional.pairs import PairSums
+from lightning_smoe.functional.pooled_matching import PooledMatching
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load
 
@@ -36,10 +43,74 @@ def calibration(rounds: int) -> None:
     model = load(CHECKPOINT)
     candidates: dict[str, Callable[[], None]] = {
         "plain forward": lambda: plain_forward(model, data),
-        "routed-token statistics": lambda: calibrate(model, data, all_experts=False),
-        "all-expert statistics": lambda: calibrate(model, data, all_experts=True),
+        "calibration": lambda: calibrate(model, data),
     }
     show(f"calibration, {data.windows('calib').num_tokens} tokens", measure(candidates, rounds))
+
+
+def plan(rounds: int) -> None:
+    """Compares matched pooling with the forward pass of all experts that it needs, true to size."""
+    evidence = random_evidence(num_experts=60, width=1408, hidden=2048, num_tokens=4096)
+
+    def forward() -> None:
+        for expert in range(evidence.num_experts):
+            evidence.activations(expert)
+
+    candidates: dict[str, Callable[[], None]] = {
+        "gate and up projection of all experts": forward,
+        "matched pooling, 60 -> 30": lambda: void(PooledMatching()(evidence, 30)),
+    }
+    show("plan of one layer, 4096 tokens", measure(candidates, rounds))
+
+
+def pairs(rounds: int) -> None:
+    """Compares sums over pairs of outputs with a loop over the pairs."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(60, 512, 2048, generator=generator)
+    gates = torch.rand(512, 60, generator=generator)
+
+    def loop() -> None:
+        for first in outputs:
+            for second in outputs:
+                torch.cosine_similarity(first, second, dim=1).sum()
+                distance = (first - second).square().sum(1)
+                (gates[:, 0].square() * distance).sum()
+                (gates[:, 0] * gates[:, 1] * distance).sum()
+
+    candidates: dict[str, Callable[[], None]] = {
+        "all pairs at once": lambda: PairSums.zeros(60, outputs.device).add(outputs, gates),
+        "loop over pairs": loop,
+    }
+    show("outputs of 60 experts, 512 tokens, hidden size 2048", measure(candidates, rounds))
+
+
+def random_evidence(num_experts: int, width: int, hidden: int, num_tokens: int) -> Evidence:
+    """A layer of random weights and a sample of random tokens; its sums are not looked at."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        drawn: torch.Tensor = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+        return drawn
+
+    weights = ExpertWeights(
+        up_proj=draw(num_experts, width, hidden),
+        down_proj=draw(num_experts, hidden, width),
+        gate_proj=draw(num_experts, width, hidden),
+    )
+    states, router = draw(num_tokens, hidden), draw(num_experts, hidden)
+    logits = states @ router.T
+    gates, experts = logits.softmax(1).topk(4)
+    sums: Any = None
+    return Evidence(sums, TokenSample(states, logits, gates, experts), weights, swiglu)
+
+
+def swiglu(gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+    """The activation of most families."""
+    return up if gate is None else torch.nn.functional.silu(gate) * up
+
+
+def void(_: object) -> None:
+    """Drops a result."""
 
 
 @torch.inference_mode()
@@ -49,9 +120,9 @@ def plain_forward(model: PreTrainedModel, data: TextDataModule) -> None:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
-def calibrate(model: PreTrainedModel, data: TextDataModule, *, all_experts: bool) -> None:
+def calibrate(model: PreTrainedModel, data: TextDataModule) -> None:
     """Runs the calibration pass with its hooks."""
-    watch = ExpertStatistics(data.domains_of("calib"), Manifest("bench", {}), all_experts)
+    watch = ExpertStatistics(data.domains_of("calib"), Manifest("bench", {}))
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -88,14 +159,15 @@ def show(title: str, times: dict[str, list[float]]) -> None:
 
 def main() -> None:
     """Runs one benchmark."""
+    benchmarks = {"calibration": calibration, "plan": plan, "pairs": pairs}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("benchmark", choices=["calibration"])
+    parser.add_argument("benchmark", choices=list(benchmarks))
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, at least 1")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    {"calibration": calibration}[options.benchmark](options.rounds)
+    benchmarks[options.benchmark](options.rounds)
 
 
 if __name__ == "__main__":
