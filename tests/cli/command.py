@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,25 +82,7 @@ class Workplace:
 
     def run(self, *words: str | Path) -> Outcome:
         """Runs a command line as it stands."""
-        out, err = io.StringIO(), io.StringIO()
-        before, handler = Path.cwd(), signal.getsignal(signal.SIGTERM)
-        with (
-            redirect_stdout(out),
-            redirect_stderr(err),
-            mock.patch.dict(os.environ, QUIET),
-            mock.patch.object(sys, "argv", ["lightning_smoe"]),
-            _own_logger(),
-        ):
-            os.chdir(self.folder)
-            try:
-                main([str(word) for word in words])
-                code: Any = 0
-            except SystemExit as end:
-                code = end.code
-            finally:
-                os.chdir(before)
-                signal.signal(signal.SIGTERM, handler)
-        return Outcome(code, out.getvalue(), err.getvalue())
+        return run_in(self.folder, main, *words)
 
     def do(self, verb: str, *words: str | Path) -> Outcome:
         """Runs a verb on the experiment file, with further options."""
@@ -118,6 +100,29 @@ class Workplace:
         outcome = self.do(verb, *words)
         assert snapshot(self.folder) == before
         return check_refusal(outcome, match)
+
+
+def run_in(folder: Path, command: Callable[[list[str]], None], *words: str | Path) -> Outcome:
+    """Runs the main function of a program in a folder."""
+    out, err = io.StringIO(), io.StringIO()
+    before, handler = Path.cwd(), signal.getsignal(signal.SIGTERM)
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        mock.patch.dict(os.environ, QUIET),
+        mock.patch.object(sys, "argv", ["lightning_smoe"]),
+        _own_logger(),
+    ):
+        os.chdir(folder)
+        try:
+            command([str(word) for word in words])
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.chdir(before)
+            signal.signal(signal.SIGTERM, handler)
+    return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def check_refusal(outcome: Outcome, match: str) -> str:
