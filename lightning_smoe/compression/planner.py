@@ -35,21 +35,10 @@ def experts_to_keep(keep: int | float, layer: MoELayer, router: RouterRepair) ->
     Raises:
         InputError: It is no number, above the count, or below what the router selects or needs.
     """
-    if not math.isfinite(keep) or keep <= 0:
-        raise InputError(
-            f"model.keep is {keep}; give a fraction in (0, 1] or a number of experts a layer"
-        )
-    is_fraction = isinstance(keep, float) and keep <= 1
-    count = round(keep * layer.num_experts) if is_fraction else int(keep)
-    if not is_fraction and count != keep:
-        raise InputError(f"model.keep is {keep}; a number of experts must be whole")
-    if count > layer.num_experts:
-        raise InputError(
-            f"model.keep asks for {count} experts but {layer.name} has {layer.num_experts}"
-        )
+    count = round(_asked(keep, layer))
     if router.keeps_all_rows:
         return max(count, 1)
-    floor = max(layer.top_k, layer.num_router_groups * layer.min_experts_per_router_group)
+    floor = least_experts(layer, router)
     if count < floor:
         raise InputError(
             f"model.keep={keep} keeps {count} experts in {layer.name} but the router "
@@ -63,6 +52,48 @@ def experts_to_keep(keep: int | float, layer: MoELayer, router: RouterRepair) ->
             f"groups of equal size; keep a multiple of {blocks}, such as {count - count % blocks}"
         )
     return count
+
+
+def total_to_keep(keep: int | float, layers: Sequence[MoELayer]) -> int:
+    """Number of experts that layers keep together.
+
+    Args:
+        keep: A fraction of all experts, in (0, 1] and not whole, or a count a layer.
+        layers: The layers.
+
+    Raises:
+        InputError: It is no number, or above a layer's count.
+    """
+    return round(sum(_asked(keep, layer) for layer in layers))
+
+
+def least_experts(layer: MoELayer, router: RouterRepair) -> int:
+    """Experts that a layer has to keep.
+
+    Args:
+        layer: The layer.
+        router: How the router will follow; one that keeps all its rows needs no more than one.
+    """
+    if router.keeps_all_rows:
+        return 1
+    return max(layer.top_k, layer.num_router_groups * layer.min_experts_per_router_group)
+
+
+def _asked(keep: int | float, layer: MoELayer) -> float:
+    """Experts of a layer that are asked for, not yet rounded."""
+    if not math.isfinite(keep) or keep <= 0:
+        raise InputError(
+            f"model.keep is {keep}; give a fraction in (0, 1] or a number of experts a layer"
+        )
+    if isinstance(keep, float) and keep <= 1:
+        return keep * layer.num_experts
+    if keep != int(keep):
+        raise InputError(f"model.keep is {keep}; a number of experts must be whole")
+    if keep > layer.num_experts:
+        raise InputError(
+            f"model.keep asks for {int(keep)} experts but {layer.name} has {layer.num_experts}"
+        )
+    return float(keep)
 
 
 def select_layers(layers: Sequence[MoELayer], wanted: str | Sequence[int]) -> list[MoELayer]:
@@ -127,13 +158,13 @@ def make_plan(
     Raises:
         InputError: The statistics are of another model.
     """
-    protected = _super_experts(statistics) if recipe.protects_super_experts else {}
+    protected = protected_experts(statistics, recipe)
     plans = []
     for number, layer in enumerate(layers):
         start = time.monotonic()
         evidence = evidence_of(layer, statistics)
-        alone = protected.get(layer.name, torch.zeros(layer.num_experts, dtype=torch.bool))
-        plans.append(_plan_layer(layer, evidence, recipe, counts[layer.name], alone=alone))
+        alone = protected[layer.name]
+        plans.append(plan_layer(layer, evidence, recipe, counts[layer.name], alone=alone))
         logger.info(
             "plan: %s, %d -> %d experts in %.1f s; %d of %d layers", layer.name, layer.num_experts,
             counts[layer.name], time.monotonic() - start, number + 1, len(layers),
@@ -144,16 +175,27 @@ def make_plan(
     )
 
 
-def _super_experts(statistics: Statistics) -> dict[str, Bool[Tensor, " experts"]]:
+def protected_experts(
+    statistics: Statistics, recipe: Recipe
+) -> dict[str, Bool[Tensor, " experts"]]:
+    """Super experts that a recipe leaves as they are, by the layer's name; none if it does not.
+
+    Args:
+        statistics: What the experts did on calibration text, in all layers.
+        recipe: The method.
+    """
     largest = [sums.pooled().output_max for sums in statistics.layers.values()]
-    found = {}
-    for name, sums, experts in zip(statistics.layers, largest, super_experts(largest), strict=True):
-        found[name] = torch.zeros(len(sums), dtype=torch.bool)
-        found[name][experts] = True
+    found = {
+        name: torch.zeros(len(outputs), dtype=torch.bool)
+        for name, outputs in zip(statistics.layers, largest, strict=True)
+    }
+    if recipe.protects_super_experts:
+        for alone, experts in zip(found.values(), super_experts(largest), strict=True):
+            alone[experts] = True
     return found
 
 
-def _plan_layer(
+def plan_layer(
     layer: MoELayer,
     evidence: Evidence,
     recipe: Recipe,
@@ -161,6 +203,15 @@ def _plan_layer(
     *,
     alone: Bool[Tensor, " experts"],
 ) -> LayerPlan:
+    """Decides what becomes of the experts of one layer.
+
+    Args:
+        layer: The layer.
+        evidence: All that is known of it.
+        recipe: The method.
+        num_groups: Experts to keep.
+        alone: Experts that stay as they are.
+    """
     total = layer.num_experts
     if num_groups == total:
         return LayerPlan(layer.name, total, tuple((e,) for e in range(total)))
@@ -180,5 +231,5 @@ def _plan_layer(
         if slot >= 0:
             groups[slot].append(expert)
     dropped = tuple((assignment < 0).nonzero().squeeze(1).tolist())
-    kept_alone = tuple(alone.nonzero().squeeze(1).tolist())
+    kept_alone = tuple(e for e in alone.nonzero().squeeze(1).tolist() if [e] in groups)
     return LayerPlan(layer.name, total, tuple(map(tuple, groups)), dropped, weights, kept_alone)
