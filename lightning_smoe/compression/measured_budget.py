@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lightning_smoe.compression.budget import Bounds, Budget, Uniform, named
 from lightning_smoe.compression.trials import Trials
@@ -27,7 +28,7 @@ LayerCosts = Callable[[MoELayer, Sequence[int]], Sequence[float]]
 
 @dataclass(frozen=True)
 class LayerErrorDP(Budget):
-    """Least sum of the layers' relative errors, by exact dynamic programming.
+    """Least sum of the layers' errors, by exact dynamic programming.
 
     D_l(k) is `||y_k - y||^2 / ||y||^2` of the routed experts' output on the sampled tokens, where
     the recipe leaves layer l with k experts, without the refit (see `Trials.layer_errors`). It
@@ -35,11 +36,14 @@ class LayerErrorDP(Budget):
     may do worse than uniform.
 
     Args:
+        relative: Divide by the energy of the layer's output, and not by the number of tokens. All
+            layers add to one stream, in which later layers are often louder.
         grid_size: Numbers of experts that are tried in each layer, at least 2; a monotone curve
             gives the others.
         bounds: Numbers that a layer may keep.
     """
 
+    relative: bool = True
     grid_size: int = 12
     bounds: Bounds = Bounds()
 
@@ -48,7 +52,8 @@ class LayerErrorDP(Budget):
 
     def __call__(self, trials: Trials) -> dict[str, int]:
         limits = self.limits(trials.layers, trials.keep, trials.recipe.execution.router)
-        return _cheapest(trials, limits, trials.layer_errors, self.grid_size)
+        costs = partial(trials.layer_errors, relative=self.relative)
+        return _cheapest(trials, limits, costs, self.grid_size)
 
     def limits(self, layers: Sequence[MoELayer], keep: int | float, router: RouterRepair) -> Limits:
         return self.bounds.limits(layers, keep, router)

@@ -80,8 +80,10 @@ class Trials:
         return self._plans[key]
 
     @torch.no_grad()
-    def layer_errors(self, layer: MoELayer, counts: Sequence[int]) -> list[float]:
-        """Relative errors of the routed experts' output on the sampled tokens.
+    def layer_errors(
+        self, layer: MoELayer, counts: Sequence[int], *, relative: bool = True
+    ) -> list[float]:
+        """Errors of the routed experts' output on the sampled tokens.
 
         `||y_k - y||^2 / ||y||^2` over the sample, with y_k what the layer gives if k experts stay:
         its own router, compressed, chooses among them. Inputs are those of the original model.
@@ -89,15 +91,17 @@ class Trials:
         Args:
             layer: The layer.
             counts: Numbers of experts that stay.
+            relative: Divide by the energy of the output, and not by the number of tokens.
         """
         states = self._sample(layer).states
         wanted = _routed_output(layer, states).double()
         energy = wanted.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        scale = float(energy) if relative else len(states)
         errors = []
         for count in counts:
             block = self._make_block(layer.name, count)
             found = _routed_output(MoELayer(layer.name, block), states)
-            errors.append(float((found.double() - wanted).square().sum() / energy))
+            errors.append(float((found.double() - wanted).square().sum()) / scale)
         return errors
 
     def measure(self, num_tokens: int) -> "Measure":

@@ -110,7 +110,11 @@ def test_bounds_hold_for_each_layer(bounds: Bounds, family: str, found: range) -
 def test_the_total_is_exact_or_the_next_below(keep: int | float, round_to: int, total: int) -> None:
     bounds = Bounds(round_to)
     trials = trials_of("mixtral", keep=keep)
-    budgets = [GlobalRank(bounds=bounds), GroupGreedy(bounds=bounds), LayerErrorDP(3, bounds)]
+    budgets = [
+        GlobalRank(bounds=bounds),
+        GroupGreedy(bounds=bounds),
+        LayerErrorDP(grid_size=3, bounds=bounds),
+    ]
     for budget in budgets:
         counts = share_out(budget, trials)
         assert sum(counts.values()) == total

@@ -30,11 +30,17 @@ def curve(numbers: range, costs: list[float]) -> dict[int, float]:
     return dict(zip(numbers, fitted, strict=True))
 
 
+@pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize(("family", "numbers"), NUMBERS)
-def test_the_least_sum_of_layer_errors_is_found(family: str, numbers: range) -> None:
+def test_the_least_sum_of_layer_errors_is_found(
+    family: str, numbers: range, relative: bool
+) -> None:
     trials = trials_of(family, keep=10)
-    costs = [curve(numbers, trials.layer_errors(x, numbers)) for x in trials.layers]
-    counts = share_out(LayerErrorDP(WHOLE_GRID), trials)
+    costs = [
+        curve(numbers, trials.layer_errors(layer, numbers, relative=relative))
+        for layer in trials.layers
+    ]
+    counts = share_out(LayerErrorDP(relative, WHOLE_GRID), trials)
     found = sum(cost[count] for cost, count in zip(costs, counts.values(), strict=True))
     assert found == pytest.approx(best_of_all(trials, costs, 20))
 
@@ -107,7 +113,7 @@ def test_a_start_outside_the_bounds_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LayerErrorDP(1), "grid_size=1 makes no curve"),
+        (lambda: LayerErrorDP(grid_size=1), "grid_size=1 makes no curve"),
         (lambda: MeasuredDP(1), "grid_size=1 makes no curve"),
         (lambda: MeasuredDP(num_tokens=1), "num_tokens=1 is too few"),
         (lambda: LocalSearch(num_trials=0), "num_trials=0 .* search nothing"),

@@ -106,8 +106,11 @@ def test_a_layer_error_is_that_of_its_routed_output() -> None:
     for count in (3, 8):
         model = compressed("mixtral", PRUNE, {layer.name: count})
         found = routed_by_hand(find_moe_layers(model)[1], states)
-        error = float((found - wanted).square().sum() / wanted.square().sum())
-        assert trials.layer_errors(layer, [12, count]) == pytest.approx([0, error], rel=1e-4)
+        error = float((found - wanted).square().sum())
+        share = error / float(wanted.square().sum())
+        assert trials.layer_errors(layer, [12, count]) == pytest.approx([0, share], rel=1e-4)
+        mean = trials.layer_errors(layer, [12, count], relative=False)
+        assert mean == pytest.approx([0, error / len(states)], rel=1e-4)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss", "qwen2_moe"])
