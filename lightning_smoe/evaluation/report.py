@@ -1,6 +1,7 @@
 """The report: what compression cost and what it kept, beside plain baselines."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_smoe.models.artifact import Manifest, write_json
 
 _SCHEMA = 1
 TEACHER = "original"
+_PLAIN = "prune-"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Judged:
         experts_per_layer: Routed experts of each mixture-of-experts layer.
         quality: What it keeps.
         seconds: Wall time of the steps that made it, by verb.
+        tasks: Metrics of each task and, behind `_stderr`, their standard errors.
     """
 
     path: Path | None
@@ -32,6 +35,7 @@ class Judged:
     experts_per_layer: list[int]
     quality: Quality
     seconds: dict[str, float]
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the model as it stands in report.json."""
@@ -41,7 +45,7 @@ class Judged:
             "num_bytes": self.num_bytes,
             "experts_per_layer": self.experts_per_layer,
             **self.quality.to_json(),
-            "tasks": {},
+            "tasks": self.tasks,
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
         }
 
@@ -60,6 +64,28 @@ def write_report(
     stored = {"schema": _SCHEMA, "teacher": teacher, "models": models}
     (folder / "report.md").write_text(to_markdown(teacher, models))
     write_json(folder / "report.json", {**stored, "manifest": manifest.to_json()})
+
+
+def beaten_by_plain(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each model that plain pruning at the same number of experts does not lose to.
+
+    Args:
+        models: Entries of the report by name; those named prune-... are plain pruning.
+    """
+    plain = {name: model for name, model in models.items() if name.startswith(_PLAIN)}
+    lines = []
+    for name, model in models.items():
+        total, kl = sum(model["experts_per_layer"]), model["kl"]["mean"]
+        rivals = {
+            n: m["kl"]["mean"] for n, m in plain.items() if sum(m["experts_per_layer"]) == total
+        }
+        best = min(rivals, key=rivals.__getitem__, default=None)
+        if best is not None and name not in plain and not kl < rivals[best]:
+            lines.append(
+                f"{name} (KL {kl:.4f}) is no better than plain pruning at the same number of "
+                f"experts: {best} (KL {rivals[best]:.4f})"
+            )
+    return lines
 
 
 def _rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -120,6 +146,7 @@ def to_markdown(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> s
         "",
         *_markdown_table(_COLUMNS, _rows(teacher, models)),
         "",
+        *_task_page(teacher, models),
         "## KL by domain",
         "",
         *_markdown_table(
@@ -146,6 +173,55 @@ def to_markdown(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> s
         ],
     ]
     return "\n".join(lines) + "\n"
+
+
+def to_task_table(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> Table:
+    """What the models score on tasks, as a table for the screen; long names are folded."""
+    head, *rows = _task_rows(teacher, models)
+    table = Table(title="what they score on tasks, in percent, with standard errors")
+    for column in head:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _task_rows(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Names of the models, then task and metric with what each model scores."""
+    entries = {TEACHER: teacher, **models}
+    rows = [["task", *entries]]
+    for task, metrics in teacher["tasks"].items():
+        for metric in (key for key in metrics if not _is_error(key)):
+            scores = [_score(entry["tasks"].get(task, {}), metric) for entry in entries.values()]
+            rows.append([f"{task} {metric}", *scores])
+    return rows
+
+
+def _is_error(key: str) -> bool:
+    return key.partition(",")[0].endswith("_stderr")
+
+
+def _score(metrics: dict[str, float], metric: str) -> str:
+    if metric not in metrics:
+        return ""
+    name, comma, filtered = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{filtered}")
+    value = f"{100 * metrics[metric]:.1f}"
+    return value if error is None else f"{value} ± {100 * error:.1f}"
+
+
+def _task_page(teacher: dict[str, Any], models: dict[str, dict[str, Any]]) -> list[str]:
+    if not teacher["tasks"]:
+        return []
+    head, *rows = _task_rows(teacher, models)
+    return [
+        "## Tasks",
+        "",
+        "In percent, with standard errors, from lm-evaluation-harness without a chat template.",
+        "",
+        *_markdown_table(tuple(head), rows),
+        "",
+    ]
 
 
 def _markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:

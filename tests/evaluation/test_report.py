@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from lightning_smoe.evaluation.perplexity import Quality
-from lightning_smoe.evaluation.report import Judged, to_markdown, to_table, write_report
+from lightning_smoe.evaluation.report import (
+    Judged,
+    to_markdown,
+    to_table,
+    to_task_table,
+    write_report,
+)
 from lightning_smoe.models.artifact import Manifest
 
 NAMES = ("compressed", "recovered", "prune-frequency", "prune-reap")
@@ -124,3 +130,21 @@ def test_divergence_is_shown_relative_to_reap_pruning_where_that_was_judged() ->
     assert "| prune-reap | 30 | 5.93 M | 7.39 | 0.2000 | 1.00 | 78.1% |" in page
     alone = to_markdown(teacher(), {"compressed": entry(quality=half)})
     assert "| compressed | 30 | 5.93 M | 7.39 | 0.1000 |  | 80.0% |" in alone
+
+
+SCORES = {"arc": {"acc": 0.397, "acc_stderr": 0.0155}, "gsm8k": {"match,strict": 0.5}}
+
+
+def test_scores_on_tasks_stand_on_the_page_and_in_a_table_where_there_are_any() -> None:
+    judged = teacher() | {"tasks": SCORES}
+    models = {"compressed": entry(tasks={"arc": {"acc": 0.34, "acc_stderr": 0.015}})}
+    page = to_markdown(judged, models)
+    assert "| task | original | compressed |" in page
+    assert "| arc acc | 39.7 ± 1.6 | 34.0 ± 1.5 |" in page
+    assert "| gsm8k match,strict | 50.0 |  |" in page
+    assert "## Tasks" not in to_markdown(teacher(), {"compressed": entry()})
+    console = Console(width=80, record=True)
+    with console.capture() as capture:
+        console.print(to_task_table(judged, models))
+    for cell in ("arc acc", "39.7 ± 1.6", "34.0 ± 1.5", "gsm8k match,strict"):
+        assert cell in capture.get()
