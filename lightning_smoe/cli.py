@@ -21,8 +21,10 @@ from lightning_smoe import __version__
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import Experiment
+from lightning_smoe.recipe_files import find_recipe
 from lightning_smoe.show import StepBar, set_up_screen
 from lightning_smoe.trainer import SMoETrainer
+from lightning_smoe.words import spelled_out
 
 # Verb -> method of the trainer, and whether it works on an experiment or looks at a folder.
 _VERBS = {
@@ -31,9 +33,13 @@ _VERBS = {
     "compress": ("compress", True),
     "fit": ("recover", True),
     "evaluate": ("evaluate", True),
+    "sweep": ("sweep", True),
+    "compare": ("compare", False),
     "inspect": ("inspect", False),
     "generate": ("generate", False),
 }
+
+_FOLDERS = {"inspect": "CHECKPOINT ", "generate": "CHECKPOINT ", "compare": "RUN [RUN ...] "}
 
 _TRAINER_DEFAULTS = {
     "max_steps": 200,
@@ -90,11 +96,7 @@ class SMoECLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line, in which `inspect X` means `inspect --checkpoint X`."""
-        looks = self._verb is not None and not _VERBS[self._verb][1]
-        place = args.index(self._verb) + 1 if looks else len(args)
-        if place < len(args) and not args[place].startswith("-"):
-            args.insert(place, "--checkpoint")
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(spelled_out(args, self._verb))
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that guesses."""
@@ -115,7 +117,7 @@ class SMoECLI(LightningCLI):
             doc = getattr(SMoETrainer, method).__doc__ or ""
             line = doc.split("\n", maxsplit=1)[0]
             # Without a usage of its own every error would print a page of it.
-            usage = f"%(prog)s {'' if on_experiment else 'CHECKPOINT '}[options]"
+            usage = f"%(prog)s {_FOLDERS.get(verb, '')}[options]"
             verb_parser = self.init_parser(description=line, usage=usage)
             self._subcommand_parsers[verb] = verb_parser
             if verb == self._verb:
@@ -130,7 +132,7 @@ class SMoECLI(LightningCLI):
         if on_experiment:
             parser.add_lightning_class_args(SMoETrainer, "trainer")
             parser.set_defaults({f"trainer.{k}": v for k, v in _TRAINER_DEFAULTS.items()})
-            parser.add_class_arguments(Experiment, "model")
+            parser.add_class_arguments(Experiment, "model", sub_configs=True)
             parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"})
         skip: set[str | int] = {"model", "datamodule"}
         added: list[str] = parser.add_method_arguments(SMoETrainer, method, skip=skip)
@@ -181,13 +183,20 @@ class SMoECLI(LightningCLI):
         if not on_experiment:
             getattr(self.trainer, method)(**options)
             return
+        if "recipes" in options:
+            # Bare names are looked up beside the experiment file first.
+            files = [Path(file) for file in self.config[subcommand].config or []]
+            options["recipes"] = [str(find_recipe(r, files)) for r in options["recipes"]]
         getattr(self.trainer, method)(model=self.model, datamodule=self.datamodule, **options)
         if self.trainer.is_global_zero:
             path = Path(self.model.output_dir) / "config.yaml"
             config = self.config[subcommand].clone()
             for name in options:  # what only this verb takes, other verbs would refuse
                 del config[name]
-            self._parser(subcommand).save(config, path, overwrite=True, skip_none=False)
+            # Not checked: of the options that were taken out, some are required.
+            self._parser(subcommand).save(
+                config, path, overwrite=True, skip_none=False, skip_validation=True, multifile=False
+            )
 
 
 def main(args: Sequence[str] | None = None) -> None:

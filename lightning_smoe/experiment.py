@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import read_header
+from lightning_smoe.compression.budget import Budget, Uniform
 from lightning_smoe.compression.plan import CompressionPlan
-from lightning_smoe.compression.planner import experts_to_keep, select_layers
+from lightning_smoe.compression.planner import select_layers
 from lightning_smoe.compression.recipe import Prune, Recipe
 from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
+from lightning_smoe.functional.allocation import even_counts
 from lightning_smoe.functional.router import RouterRepair
 from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
 from lightning_smoe.models.checkpoint import counted_config, outline
@@ -37,8 +39,11 @@ class Experiment:
             organisation/name on the hub.
         output_dir: Folder for all results: statistics.safetensors, plan.json, compressed/,
             recovered/, report.json and report.md.
-        keep: Routed experts that each layer keeps: a fraction in (0, 1], or a whole number; at
-            least what the router selects.
+        keep: Routed experts that each layer keeps, on average over the layers: a fraction in
+            (0, 1], or a whole number; at least what the router selects.
+        budget: How many of them each layer keeps. Where counts differ by layer, the result loads
+            with transformers only if router rows share experts (Map), else with
+            lightning_smoe.models.checkpoint.load only.
         layers: Decoder layers to change, counted from 0, or all. Counts then differ by layer, and
             the result loads with lightning_smoe.models.checkpoint.load only.
         recipe: How experts are chosen and what becomes of the others.
@@ -54,6 +59,7 @@ class Experiment:
     checkpoint: str
     output_dir: Path
     keep: int | float = 0.5
+    budget: Budget = Uniform()
     layers: Literal["all"] | list[int] = "all"
     recipe: Recipe = Prune()
     recovery: Recovery = Recovery()
@@ -90,9 +96,9 @@ class Workspace:
         if experiment.sample_tokens < 1:
             raise InputError(f"model.sample_tokens={experiment.sample_tokens} must be 1 or more")
         router = experiment.recipe.execution.router
-        kept = {
-            layer.index: experts_to_keep(experiment.keep, layer, router) for layer in self.chosen
-        }
+        limits = experiment.budget.limits(self.chosen, experiment.keep, router)
+        evenly = even_counts([layer.num_experts for layer in self.chosen], limits)
+        kept = dict(zip((layer.index for layer in self.chosen), evenly, strict=True))
         _check_router(router, model, self.chosen)
         if not router.keeps_all_rows:
             counted_config(
@@ -194,6 +200,7 @@ class Workspace:
             "statistics": self.statistics_manifest.digest,
             "recipe": to_spec(self.experiment.recipe),
             "keep": self.experiment.keep,
+            "budget": to_spec(self.experiment.budget),
             "layers": self.experiment.layers,
         }
         return Manifest("plan", inputs)
@@ -242,6 +249,7 @@ class Workspace:
     def report_manifest(self, folders: dict[str, Path]) -> Manifest:
         """What the report is made from."""
         inputs = {
+            "checkpoint": self.source.fingerprint,
             "models": {name: open_checkpoint(path).fingerprint for name, path in folders.items()},
             "test text": self.data.fingerprint("test"),
             "baselines": self.plan_manifest.digest if self.experiment.baselines else "",

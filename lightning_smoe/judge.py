@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,28 @@ from transformers import PreTrainedModel
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.apply import apply_plan
 from lightning_smoe.compression.planner import make_plan
-from lightning_smoe.compression.recipe import Prune
+from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
-from lightning_smoe.evaluation.perplexity import EvaluationModule
-from lightning_smoe.evaluation.report import TEACHER, Judged, to_table, write_report
+from lightning_smoe.evaluation.report import (
+    TEACHER,
+    Judged,
+    beaten_by_plain,
+    to_table,
+    to_task_table,
+    write_report,
+)
+from lightning_smoe.evaluation.tasks import TaskSuite
 from lightning_smoe.experiment import Workspace, found_manifest
-from lightning_smoe.functional.saliency import Frequency, Reap
+from lightning_smoe.measure import BASELINES, Yardstick
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.models.stored import stored_bytes
 from lightning_smoe.pipeline import calibrate, read_seconds
 
 logger = logging.getLogger(__name__)
 
-_BASELINES = {"prune-frequency": Frequency(), "prune-reap": Reap()}
 _STEPS_OF = {"compressed": ("calibrate", "plan", "compress"), "recovered": ("fit",)}
 
 
@@ -58,19 +63,22 @@ def _name(others: Sequence[Path]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for path in others:
         name = path.resolve().name
-        if name in (*folders, *_BASELINES, TEACHER, "compressed", "recovered"):
+        if name in (*folders, *BASELINES, TEACHER, "compressed", "recovered"):
             raise InputError(f"--others: two models would be named {name}; rename the folder")
         folders[name] = open_checkpoint(path).path
     return folders
 
 
-def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> None:
+def evaluate(
+    trainer: Trainer, work: Workspace, others: Sequence[Path] = (), suite: TaskSuite | None = None
+) -> None:
     """Writes report.json and report.md, and shows the table.
 
     Args:
         trainer: Runs the test loop.
         work: The experiment.
         others: Further checkpoint folders to judge, named by their last part.
+        suite: Tasks to judge every model on; none keeps what the report has of them.
     """
     own = {"compressed": work.compressed_path, "recovered": work.recovered_path}
     folders = {name: path for name, path in own.items() if path.exists()} | _name(others)
@@ -78,15 +86,17 @@ def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> 
         logger.warning("evaluate: recovered/ was trained from another compressed/ and is left out")
         del folders["recovered"]
     wanted = work.report_manifest(folders)
+    if suite is not None:
+        wanted = Manifest(wanted.step, {**wanted.inputs, "tasks": suite.inputs})
     found = _read(work.report_path)
     manifest = Manifest.from_json(found.get("manifest"))
     # A report of this experiment that lacks a model is out of date, not another run's result.
-    if manifest is not None and manifest.digest != wanted.digest:
+    if manifest is not None and not _is_current(manifest, wanted):
         manifest = None
     if manifest is None or work.experiment.overwrite:
         if work.experiment.baselines and not work.has_statistics:
             calibrate(trainer, work)
-        teacher, models = _judge_all(trainer, work, folders)
+        teacher, models = _judge_all(trainer, work, folders, suite)
         if trainer.is_global_zero:
             write_report(work.folder, teacher, models, wanted)
         found = {"teacher": teacher, "models": models}
@@ -94,6 +104,13 @@ def evaluate(trainer: Trainer, work: Workspace, others: Sequence[Path] = ()) -> 
         logger.info("evaluate: %s is there already, made from the same inputs", work.report_path)
     if trainer.is_global_zero:
         _show(work, found, folders)
+
+
+def _is_current(found: Manifest, wanted: Manifest) -> bool:
+    """Whether a report has what is wanted; tasks that nobody asked for do no harm."""
+    left_out = {"tasks"} - wanted.inputs.keys()
+    inputs = {name: value for name, value in found.inputs.items() if name not in left_out}
+    return replace(found, inputs=inputs).digest == wanted.digest
 
 
 def _belongs(work: Workspace) -> bool:
@@ -110,18 +127,39 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _judge_all(
-    trainer: Trainer, work: Workspace, folders: dict[str, Path]
+    trainer: Trainer, work: Workspace, folders: dict[str, Path], suite: TaskSuite | None
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    judge = _Judge(trainer, work, load(work.source.path, work.dtype))
+    yardstick = Yardstick.load(work, "test")
     seconds = read_seconds(work)
-    original = judge(judge.teacher, work.source.path, {})
-    models = {}
+
+    def judge(model: PreTrainedModel, path: Path | None, took: dict[str, float]) -> dict[str, Any]:
+        judged = yardstick.judge(trainer, model, path, took)
+        return _on_tasks(trainer, work, model, judged, suite=suite).to_json()
+
+    original = judge(yardstick.model, work.source.path, {})
+    found = {}
     for name, path in folders.items():
         took = {step: seconds[step] for step in _STEPS_OF.get(name, ()) if step in seconds}
-        models[name] = judge(load(path, work.dtype), path, took)
+        found[name] = judge(load(path, work.dtype), path, took)
     if work.experiment.baselines:
-        models |= {name: judge(model, None, {}) for name, model in _baselines(work)}
-    return original, models
+        found |= {name: judge(model, None, {}) for name, model in _baselines(work)}
+    return original, found
+
+
+def _on_tasks(
+    trainer: Trainer,
+    work: Workspace,
+    model: PreTrainedModel,
+    judged: Judged,
+    *,
+    suite: TaskSuite | None,
+) -> Judged:
+    """Adds what a model scores on tasks, if any are asked for."""
+    if suite is None:
+        return judged
+    model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
+    with trainer.precision_plugin.forward_context():
+        return replace(judged, tasks=suite.run(model, load_tokenizer(work.source.path)))
 
 
 def _baselines(work: Workspace) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -129,37 +167,20 @@ def _baselines(work: Workspace) -> Iterator[tuple[str, PreTrainedModel]]:
     statistics = Statistics.load(work.statistics_path)
     plans = work.read_plan().by_name()
     counts = {name: len(plan.groups) for name, plan in plans.items()}
-    for name, saliency in _BASELINES.items():
+    for name, recipe in BASELINES.items():
         model = load(work.source.path, work.dtype)
         layers = [layer for layer in find_moe_layers(model) if layer.name in plans]
-        plain = Prune(saliency, refit=None, protect=False)
-        apply_plan(model, make_plan(statistics, layers, plain, counts))
+        apply_plan(model, make_plan(statistics, layers, recipe, counts))
         yield name, model
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Judges one model after the other against the original."""
-
-    trainer: Trainer
-    work: Workspace
-    teacher: PreTrainedModel
-
-    def __call__(
-        self, model: PreTrainedModel, path: Path | None, seconds: dict[str, float]
-    ) -> dict[str, Any]:
-        source, data = self.work.source, self.work.data
-        module = EvaluationModule(model, self.teacher, data.domains_of("test"))
-        self.trainer.test(module, datamodule=data, verbose=False)
-        size = stored_bytes(model, source) if path is None else open_checkpoint(path).num_bytes
-        counts = [layer.num_experts for layer in find_moe_layers(model)]
-        parameters = sum(p.numel() for p in model.parameters())
-        return Judged(path, parameters, size, counts, module.quality, seconds).to_json()
 
 
 def _show(work: Workspace, report: dict[str, Any], folders: dict[str, Path]) -> None:
     console = Console()
     console.print(to_table(report["teacher"], report["models"]))
+    if report["teacher"]["tasks"]:
+        console.print(to_task_table(report["teacher"], report["models"]))
+    for line in beaten_by_plain(report["models"]):
+        logger.warning("evaluate: %s", line)
     best = "recovered" if "recovered" in folders else "compressed"
     if best in folders:
         folder = open_checkpoint(folders[best])

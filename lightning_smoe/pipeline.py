@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.calibration.statistics import Statistics
-from lightning_smoe.compression.apply import apply_plan
-from lightning_smoe.compression.module import CompressionModule
+from lightning_smoe.compression.module import carry_out
 from lightning_smoe.compression.plan import CompressionPlan
-from lightning_smoe.compression.planner import experts_to_keep, make_plan
 from lightning_smoe.experiment import Workspace, found_manifest
+from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.card import model_card
 from lightning_smoe.models.checkpoint import load, save
@@ -59,14 +58,9 @@ def plan(trainer: Trainer, work: Workspace) -> None:
         return
     with running_step(trainer, work, work.plan_path, found=found, wanted=wanted) as needed:
         if needed and trainer.is_global_zero:
-            recipe = work.experiment.recipe
-            keep, router = work.experiment.keep, recipe.execution.router
-            counts = {c.name: experts_to_keep(keep, c, router) for c in work.chosen}
-            statistics = Statistics.load(work.statistics_path)
             model = load(work.source.path, work.dtype)
-            model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
-            layers = [layer for layer in find_moe_layers(model) if layer.name in counts]
-            decided = make_plan(statistics, layers, recipe, counts, manifest=wanted)
+            statistics = Statistics.load(work.statistics_path)
+            decided = decide(trainer, work, model, statistics, manifest=wanted)
             decided.save(work.plan_path)
 
 
@@ -84,11 +78,7 @@ def compress(trainer: Trainer, work: Workspace) -> None:
         if not needed:
             return
         model = load(work.source.path, work.dtype)
-        if decided.reads_tokens:
-            module = CompressionModule(model, decided, samples)
-            trainer.predict(module, datamodule=work.data, return_predictions=False)
-        else:
-            apply_plan(model, decided, samples)
+        carry_out(trainer, work.data, model, decided, samples=samples)
         if trainer.is_global_zero:
             steps = _compression_steps(decided)
             save_result(work, model, work.compressed_path, manifest=wanted, steps=steps)

@@ -10,11 +10,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_smoe import judge, pipeline, recover, show
+from lightning_smoe import compare, judge, pipeline, recover, show, sweep
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
+from lightning_smoe.evaluation.tasks import TaskSuite
 from lightning_smoe.experiment import Experiment, Workspace
+from lightning_smoe.measure import Split
 from lightning_smoe.models.artifact import locked
+from lightning_smoe.recipe_files import find_recipe, read_recipes
 
 _LOOPS = ("train", "val", "test", "predict")
 
@@ -132,7 +135,16 @@ class SMoETrainer(Trainer):
             judge.evaluate(self, work)
 
     def evaluate(
-        self, model: Experiment, datamodule: TextDataModule, others: Sequence[Path] = ()
+        self,
+        model: Experiment,
+        datamodule: TextDataModule,
+        *,
+        others: Sequence[Path] = (),
+        tasks: Sequence[str] = (),
+        limit: int | None = None,
+        num_fewshot: int = 0,
+        task_batch_size: int = 8,
+        task_path: Path | None = None,
     ) -> None:
         """Judges the results on held-out text beside plain baselines, and writes the report.
 
@@ -140,15 +152,67 @@ class SMoETrainer(Trainer):
             model: The experiment.
             datamodule: The text.
             others: Further checkpoint folders to judge.
+            tasks: Tasks, groups or tags of lm-evaluation-harness to judge every model on; none
+                leaves what the report has of them. Needs the extra `eval`.
+            limit: Questions of each task, from its beginning; null takes all.
+            num_fewshot: Solved examples before each question, 0 or more.
+            task_batch_size: Answers that a model reads at a time, 1 or more.
+            task_path: Folder with task files (YAML) of your own.
         """
+        suite = None
+        if tasks:
+            suite = TaskSuite(tuple(tasks), limit, num_fewshot, task_batch_size, task_path)
+        elif limit is not None or num_fewshot or task_path is not None:
+            raise InputError(
+                "--limit, --num_fewshot and --task_path change nothing without --tasks; name tasks"
+            )
 
         def check(work: Workspace) -> None:
             judge.check_others(work, others)
             _check_space(work)
+            if suite is not None:
+                suite.check()
 
         with self._working(model, datamodule, ("calib", "test"), check) as work:
             pipeline.compress(self, work)
-            judge.evaluate(self, work, others)
+            judge.evaluate(self, work, others, suite)
+
+    def sweep(
+        self,
+        model: Experiment,
+        datamodule: TextDataModule,
+        *,
+        recipes: list[str],
+        keep: list[int | float],
+        seeds: list[int] | None = None,
+        split: Split = "valid",
+    ) -> None:
+        """Tries recipes at several sizes in memory, beside plain pruning, and tables what is kept.
+
+        Args:
+            model: The experiment; its recipe and keep are not used.
+            datamodule: The text.
+            recipes: Files that hold what model.recipe takes, or bare names of files in the folder
+                recipe beside the experiment file, else in configs/recipe.
+            keep: Sizes, each as model.keep.
+            seeds: Seeds that choose the calibration text and what recipes draw at random; null
+                leaves both as they are.
+            split: Held-out text to measure on, valid or test; choosing a recipe on test would tune
+                it to the text of the final report.
+        """
+        grid = sweep.Grid(read_recipes([find_recipe(r) for r in recipes]), keep, seeds, split)
+        check = partial(sweep.check, self, grid=grid)
+        with self._working(model, datamodule, ("calib", split), check) as work:
+            sweep.sweep(self, work, grid)
+
+    def compare(self, runs: list[Path], output: Path | None = None) -> None:
+        """Shows finished runs side by side.
+
+        Args:
+            runs: Folders with report.json or sweep.json, all of one original.
+            output: Folder for the table and a picture of it; null only shows the table.
+        """
+        compare.compare(runs, output)
 
     def inspect(self, checkpoint: str) -> None:
         """Prints what is in a checkpoint: family, layers, experts, parameters, bytes.

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_smoe.compression.apply import apply_layer, finish
+from lightning_smoe.compression.apply import apply_layer, apply_plan, finish
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.compression.record import (
     bias_output,
@@ -197,6 +197,30 @@ class CompressionModule(LightningModule):
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         return reduced
+
+
+def carry_out(
+    trainer: Trainer,
+    data: LightningDataModule,
+    model: PreTrainedModel,
+    plan: CompressionPlan,
+    *,
+    samples: Mapping[str, TokenSample],
+) -> None:
+    """Compresses a model in place, on calibration text where the plan is fitted on it.
+
+    Args:
+        trainer: Runs the predict loop.
+        data: Gives the calibration text under it.
+        model: The original; it is the compressed model afterwards.
+        plan: What becomes of its experts.
+        samples: Samples of tokens by the layer's name; empty if the plan needs none.
+    """
+    if not plan.reads_tokens:
+        apply_plan(model, plan, samples)
+        return
+    module = CompressionModule(model, plan, samples)
+    trainer.predict(module, datamodule=data, return_predictions=False)
 
 
 def _block(decoder: nn.Module, name: str) -> MoELayer:

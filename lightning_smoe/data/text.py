@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ class TextDataModule(LightningDataModule):
                     domain: [d for s in sources for d in read_documents(s, self.text_field)]
                     for domain, sources in self._sources(split).items()
                 }
+
+    def reseeded(self, seed: int) -> "TextDataModule":
+        """The same text, of which another seed chooses and orders the sequences."""
+        other = copy(self)
+        other.seed, other._documents, other._windows = seed, {}, {}
+        return other
 
     def domains_of(self, split: str) -> tuple[str, ...]:
         """Names of the domains of a split, sorted; a batch's `domain` is an index into them."""

@@ -1,0 +1,51 @@
+"""The command line as a person types it: lists without brackets, folders without an option."""
+
+from collections.abc import Sequence
+
+# What the words right behind a verb are, before the first option.
+POSITIONAL = {"inspect": "checkpoint", "generate": "checkpoint", "compare": "runs"}
+_LISTS = {
+    "evaluate": ("others", "tasks"),
+    "sweep": ("recipes", "keep", "seeds"),
+    "compare": ("runs",),
+}
+
+
+def spelled_out(words: Sequence[str], verb: str | None) -> list[str]:
+    """Returns a command line as jsonargparse takes it.
+
+    `inspect X` becomes `inspect --checkpoint X`, and `--keep 0.5 30` becomes
+    `--keep [] --keep+=0.5 --keep+=30`.
+
+    Args:
+        words: Command line without the program's name.
+        verb: The verb in it; none if there is none.
+    """
+    if verb is None:
+        return list(words)
+    place = words.index(verb) + 1
+    done, rest = list(words[:place]), list(words[place:])
+    if verb in POSITIONAL and rest and not rest[0].startswith("-"):
+        rest.insert(0, f"--{POSITIONAL[verb]}")
+    while rest:
+        option, is_joined, first = rest.pop(0).partition("=")
+        if option.removeprefix("--") not in _LISTS.get(verb, ()) or not option.startswith("--"):
+            done.append(f"{option}{is_joined}{first}")
+            continue
+        values = [first] if is_joined else []
+        while rest and not is_joined and not _is_option(rest[0]):
+            values.append(rest.pop(0))
+        done += _as_list(option, values)
+    return done
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and not word.removeprefix("-").replace(".", "", 1).isdigit()
+
+
+def _as_list(option: str, values: list[str]) -> list[str]:
+    if not values:
+        return [option]
+    if len(values) == 1 and (values[0].startswith("[") or values[0] in ("", "null")):
+        return [f"{option}={values[0]}"]
+    return [f"{option}=[]", *(f"{option}+={value}" for value in values)]
