@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from lightning_smoe.functional.matching import cheapest_pairs
+from lightning_smoe.functional.matching import cheapest_pairs, cheapest_sets
 
 
 def random_costs(size: int, seed: int = 0) -> torch.Tensor:
@@ -64,3 +64,28 @@ def test_a_cost_that_is_no_number_is_refused() -> None:
     cost[0, 1] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         cheapest_pairs(cost, 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_sets", range(6))
+def test_the_sets_are_the_cheapest_of_all(num_sets: int, seed: int) -> None:
+    sets = [*((index,) for index in range(5)), *combinations(range(5), 2)]
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.randn(len(sets), generator=generator, dtype=torch.float64).tolist()
+    found = cheapest_sets(sets, cost, num_sets)
+    assert len(found) == num_sets
+    indices = [index for place in found for index in sets[place]]
+    assert len(set(indices)) == len(indices)
+    best = min(
+        sum(cost[place] for place in chosen)
+        for chosen in combinations(range(len(sets)), num_sets)
+        if len({i for place in chosen for i in sets[place]}) == sum(len(sets[p]) for p in chosen)
+    )
+    assert sum(cost[place] for place in found) == pytest.approx(best, abs=1e-9)
+
+
+def test_more_sets_than_can_be_disjoint_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 disjoint sets were asked for among 3"):
+        cheapest_sets([(0,), (1,), (2,)], [1.0] * 3, 4)
+    with pytest.raises(ValueError, match="no matching was found"):
+        cheapest_sets([(0, 1), (1, 2), (0, 2)], [1.0] * 3, 2)
