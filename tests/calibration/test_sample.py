@@ -97,7 +97,8 @@ def test_samples_of_all_processes_are_put_together_in_order_of_rank(sizes: tuple
 @torch.no_grad()
 @pytest.mark.parametrize("stride", [1, 3])
 def test_the_sample_is_what_a_hook_sees(tiny_moe: PreTrainedModel, stride: int) -> None:
-    layers, calls = find_moe_layers(tiny_moe), {}
+    layers = find_moe_layers(tiny_moe)
+    calls: dict[nn.Module, list[tuple[Tensor, ...]]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(module, []).append((*args, *kwargs.values()))

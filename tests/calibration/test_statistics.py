@@ -137,7 +137,7 @@ def test_an_expert_that_no_token_visits_has_sums_of_zero() -> None:
             if tensor.kind == "selection":
                 tensor.rows[3] = -100.0
     sums = gather(model, random_windows()).layers[layer.name]
-    for key, tensor in sums.tensors().items():
+    for key, found in sums.tensors().items():
         if key not in ("num_tokens", "logit_gram"):
-            assert not tensor[:, 3].any(), key
-            assert tensor.isfinite().all(), key
+            assert not found[:, 3].any(), key
+            assert found.isfinite().all(), key

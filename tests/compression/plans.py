@@ -1,6 +1,6 @@
 """Plans for tiny models of twelve experts, and what they are tried on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from lightning_smoe.compression.module import CompressionModule
 from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
 from lightning_smoe.compression.record import BlockRecord, record
+from lightning_smoe.compression.refit import RefitOutcome
 from lightning_smoe.data.packing import TokenWindows
+from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from tests.calibration.batches import WindowData, predict, random_windows
 
@@ -59,19 +61,31 @@ def compressed(
     model: PreTrainedModel,
     plan: CompressionPlan,
     windows: TokenWindows | None = None,
+    samples: Mapping[str, TokenSample] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """The model, compressed in place."""
     windows = random_windows() if windows is None else windows
-    predict(CompressionModule(model, plan), WindowData(windows), **options)
+    predict(CompressionModule(model, plan, samples), WindowData(windows), **options)
     return model
 
 
+def refitted(
+    model: PreTrainedModel, plan: CompressionPlan, windows: TokenWindows
+) -> tuple[PreTrainedModel, dict[str, RefitOutcome]]:
+    """The model, compressed in place, and what its refit did."""
+    module = CompressionModule(model, plan)
+    predict(module, WindowData(windows, batch_size=32))
+    return model, module.refits
+
+
 @torch.no_grad()
-def blocks_of(model: PreTrainedModel, index: int) -> tuple[MoELayer, BlockRecord]:
+def blocks_of(
+    model: PreTrainedModel, index: int, windows: TokenWindows | None = None
+) -> tuple[MoELayer, BlockRecord]:
     """What one block of a whole model reads and writes on the calibration text."""
     layer = find_moe_layers(model)[index]
-    windows = random_windows()
+    windows = random_windows() if windows is None else windows
     mask = windows.attention_mask
     block, _ = record(
         layer,

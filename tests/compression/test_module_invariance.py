@@ -110,7 +110,12 @@ class SaveWeights(Callback):
 @pytest.mark.parametrize("num_sequences", [13, 1])
 @pytest.mark.parametrize(
     ("family", "most_features"),
-    [("mixtral", 1000), ("deepseek_v3", 1000), ("gpt_oss", 1000), ("qwen2_moe", 0)],
+    [
+        ("mixtral", 1000),
+        ("deepseek_v3", 1000),
+        ("gpt_oss", 1000),
+        pytest.param("qwen2_moe", 0, marks=pytest.mark.slow),
+    ],
     ids=["mixtral", "deepseek_v3", "gpt_oss", "expert by expert"],
 )
 def test_two_processes_give_the_weights_of_one(
@@ -121,9 +126,11 @@ def test_two_processes_give_the_weights_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_MOST_FEATURES", most_features)
+    # Two processes on one core wait for each other at every expert.
+    monkeypatch.setattr("lightning_smoe.compression.sweeps._MOST_SWEEPS", 2)
     windows = random_windows(num_sequences)
     model = build(family)
-    plan = plan_for(find_moe_layers(model), MERGED, refit=Refit(), router=LogSumExp())
+    plan = plan_for(find_moe_layers(model), MERGED, refit=Refit(3.0), router=LogSumExp())
     data = WindowData(windows)
     predict(
         CompressionModule(model, plan), data, SaveWeights(tmp_path), devices=2, strategy="ddp_fork"

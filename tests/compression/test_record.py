@@ -11,6 +11,7 @@ from lightning_smoe.compression.record import (
     BlockRecord,
     bias_output,
     check_understood,
+    expert_features,
     output_features,
     output_weights,
     record,
@@ -81,6 +82,34 @@ def test_blocks_cover_all_features_that_are_not_zero(tiny_moe: PreTrainedModel) 
     for columns, rows in features.blocks:
         outside[rows, columns] = 0
     assert not outside.any()
+
+
+@torch.no_grad()
+def test_rows_that_share_an_expert_add_up_in_its_features(tiny_moe: PreTrainedModel) -> None:
+    layer = find_moe_layers(tiny_moe)[0]
+    half = torch.arange(12) // 2
+    layer.share(layer.weights().select(torch.arange(0, 12, 2)), half)
+    block, _ = recorded(tiny_moe, layer)
+    tokens, width = block.tokens, layer.intermediate_size
+    in_order = tokens.expert_indices.sort(1).values
+    assert bool((in_order[:, 1:] == in_order[:, :-1]).any())
+    features = output_features(layer, block).values
+    check_understood(layer, block, features)
+    for token in range(0, len(features), 3):
+        for expert in range(6):
+            gate = sum(
+                float(tokens.routing_weights[token, place])
+                for place, chosen in enumerate(tokens.expert_indices[token].tolist())
+                if chosen == expert
+            )
+            activation = layer.activations(tokens.states[token : token + 1], expert)[0]
+            found = features[token, expert * width : (expert + 1) * width]
+            torch.testing.assert_close(found, gate * activation, rtol=1e-4, atol=1e-5)
+    for expert in range(6):
+        rows, values = expert_features(layer, block, expert)
+        columns = slice(expert * width, (expert + 1) * width)
+        assert torch.equal(features[rows, columns], values)
+        assert int((features[:, columns] != 0).any(1).sum()) == len(values)
 
 
 def test_padding_is_left_out_of_a_record() -> None:

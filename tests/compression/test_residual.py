@@ -1,6 +1,7 @@
 """What a block's output does to the residual stream, and what it should do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def first_layer(model: PreTrainedModel) -> tuple[MoELayer, Tensor, Callable[[], 
 def granite() -> PreTrainedModel:
     """A model that multiplies what its layers add."""
     model = build("granitemoe")
+    decoder: Any
     for decoder in decoder_layers(model):
         decoder.residual_multiplier = MULTIPLIER
     return model
