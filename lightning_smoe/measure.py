@@ -19,13 +19,13 @@ from lightning_smoe.compression.trials import Trials
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.evaluation.perplexity import EvaluationModule
 from lightning_smoe.evaluation.report import Judged
-from lightning_smoe.experiment import Workspace
 from lightning_smoe.functional.saliency import Frequency, Reap
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.stored import stored_bytes
+from lightning_smoe.workspace import Workspace
 
 Split = Literal["valid", "test"]
 T = TypeVar("T")
@@ -74,8 +74,10 @@ class Yardstick:
             seconds: Wall time of the steps that made it.
         """
         module = EvaluationModule(model, self.model, self.data.domains_of(self.split))
-        # Knows the processes among which the loaders share out the text.
+        # The loaders share out the text among the trainer's processes. Of an earlier loop Lightning
+        # would set up the text, which may be of a split that is not there.
         self.data.trainer = trainer
+        trainer.datamodule = None  # type: ignore[attr-defined]  # set by Lightning
         loaders = {"valid": self.data.val_dataloader, "test": self.data.test_dataloader}
         trainer.test(module, dataloaders=loaders[self.split](), verbose=False)
         size = stored_bytes(model, self.source) if path is None else open_checkpoint(path).num_bytes

@@ -1,6 +1,7 @@
 """Many recipes at once: the same results as one by one, continued where cut off, told apart."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
 
 def test_a_recipe_that_fails_is_named_and_the_others_go_on(work: Workplace) -> None:
     shelve(work, plain=PLAIN, mapped=MAPPED)
+    shutil.rmtree(work.folder / "text" / "test")  # which choosing a recipe must not need
     told = work.done("sweep", "--recipes", "plain", "mapped", "--keep", "1")
     entries = {run["recipe"]: run for run in stored(work)["runs"]}
     assert entries["mapped"]["experts_per_layer"] == [1, 1]
