@@ -75,7 +75,12 @@ def test_a_search_is_bounded_and_repeats_itself(monkeypatch: pytest.MonkeyPatch)
 
     def counting(self: Trials, num_tokens: int) -> Any:
         measure = plain(self, num_tokens)
-        return lambda counts: (seen.append(counts), measure(counts))[1]
+
+        def note(counts: dict[str, int]) -> float:
+            seen.append(counts)
+            return measure(counts)
+
+        return note
 
     monkeypatch.setattr(Trials, "measure", counting)
     budget = LocalSearch(num_trials=3)
