@@ -1,33 +1,25 @@
-"""One experiment: what a person asks for, checked against what is there, and where results go."""
+"""One experiment: what a person asks for."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
-from lightning_smoe.calibration.statistics import read_header
 from lightning_smoe.compression.budget import Budget, Uniform
-from lightning_smoe.compression.plan import CompressionPlan
-from lightning_smoe.compression.planner import select_layers
-from lightning_smoe.compression.recipe import Prune, Recipe
-from lightning_smoe.compression.strategy import to_spec
-from lightning_smoe.data.text import TextDataModule
-from lightning_smoe.errors import InputError
-from lightning_smoe.functional.allocation import even_counts
-from lightning_smoe.functional.router import RouterRepair
-from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
-from lightning_smoe.models.checkpoint import counted_config, outline
-from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
-from lightning_smoe.models.layer import MoELayer, find_moe_layers
-from lightning_smoe.models.mapped import check_mappable, is_mapped
+from lightning_smoe.compression.recipe import Merge, Prune, Recipe
+from lightning_smoe.functional.saliency import MoNE, ReapSum
 from lightning_smoe.training.recovery import Recovery
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What `recipe: auto` chooses from: pooling needs the map format; pruning is stock.
+AUTO: dict[str, Recipe] = {
+    "default": Merge(),
+    "stock": Prune(),
+    "stock-reap-sum": Prune(ReapSum()),
+    "stock-mone": Prune(MoNE()),
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +38,15 @@ class Experiment:
             lightning_smoe.models.checkpoint.load only.
         layers: Decoder layers to change, counted from 0, or all. Counts then differ by layer, and
             the result loads with lightning_smoe.models.checkpoint.load only.
-        recipe: How experts are chosen and what becomes of the others.
+        recipe: How experts are chosen and what becomes of the others: a class with its settings, a
+            file that holds them, or `auto`, which tries a short list and keeps what loses least on
+            the validation text.
         recovery: How the compressed model is trained against the original by fit.
         sample_tokens: Calibration tokens, spread over all of the text, that are kept whole for
             decisions that compare experts on the same tokens; at least 1.
         baselines: Whether the report shows plain frequency and REAP pruning at the same number of
             experts beside the results.
+        beside: Further recipes by name, which the report shows at the same number of experts.
         dtype: Type of the weights while they are worked on; results have the original's type.
         overwrite: Run steps again whose results are there, and replace results of other runs.
     """
@@ -61,224 +56,10 @@ class Experiment:
     keep: int | float = 0.5
     budget: Budget = Uniform()
     layers: Literal["all"] | list[int] = "all"
-    recipe: Recipe = Prune()
+    recipe: Recipe | Literal["auto"] = Merge()
     recovery: Recovery = Recovery()
     sample_tokens: int = 16384
     baselines: bool = True
+    beside: dict[str, Recipe] = field(default_factory=dict)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overwrite: bool = False
-
-
-class Workspace:
-    """An experiment whose inputs were checked, with the places and origins of its results.
-
-    Args:
-        experiment: What is asked for.
-        data: The text.
-        precision: The trainer's.
-
-    Raises:
-        InputError: The checkpoint, `keep` or `layers` cannot be used; nothing was written.
-    """
-
-    def __init__(
-        self, experiment: Experiment, data: TextDataModule, precision: str = "32-true"
-    ) -> None:
-        self.experiment = experiment
-        # What rounding every number of every step goes through.
-        self.numbers = f"{experiment.dtype}, {precision}"
-        self.data = data
-        self.source: CheckpointFolder = open_checkpoint(experiment.checkpoint)
-        data.tokenizer = self.source.path
-        model = outline(self.source)
-        self.layers: list[MoELayer] = find_moe_layers(model)
-        self.chosen = select_layers(self.layers, experiment.layers)
-        if experiment.sample_tokens < 1:
-            raise InputError(f"model.sample_tokens={experiment.sample_tokens} must be 1 or more")
-        router = experiment.recipe.execution.router
-        limits = experiment.budget.limits(self.chosen, experiment.keep, router)
-        evenly = even_counts([layer.num_experts for layer in self.chosen], limits)
-        kept = dict(zip((layer.index for layer in self.chosen), evenly, strict=True))
-        _check_router(router, model, self.chosen)
-        if not router.keeps_all_rows:
-            counted_config(
-                self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
-            )
-        dropped = sum(
-            sum(p.numel() for p in layer.parameters_of("experts"))
-            * (1 - kept[layer.index] / layer.num_experts)
-            for layer in self.chosen
-        )
-        total = sum(p.numel() for p in model.parameters())
-        self._result_bytes = int(self.source.num_bytes * (1 - dropped / total))
-        self.folder = Path(experiment.output_dir)
-        self._check_folder()
-
-    def _check_folder(self) -> None:
-        source, target = self.source.path.resolve(), self.folder.resolve()
-        there = next(path for path in (target, *target.parents) if path.exists())
-        if not there.is_dir():
-            raise InputError(f"model.output_dir={self.folder}: {there} is a file; name a folder")
-        if source == target or source in target.parents:
-            raise InputError(
-                f"model.output_dir={self.folder} lies in the original; name another folder"
-            )
-        if source in (target / "compressed", target / "recovered"):
-            raise InputError(
-                f"model.output_dir={self.folder} would replace the original, {self.source.path}; "
-                "name another folder"
-            )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights in memory."""
-        return DTYPES[self.experiment.dtype]
-
-    @property
-    def statistics_path(self) -> Path:
-        """What calibrate writes."""
-        return self.folder / "statistics.safetensors"
-
-    @property
-    def plan_path(self) -> Path:
-        """What plan writes, or a person wrote."""
-        return self.folder / "plan.json"
-
-    @property
-    def compressed_path(self) -> Path:
-        """What compress writes."""
-        return self.folder / "compressed"
-
-    @property
-    def recovered_path(self) -> Path:
-        """What fit writes."""
-        return self.folder / "recovered"
-
-    @property
-    def training_path(self) -> Path:
-        """Where fit keeps checkpoints."""
-        return self.folder / "training"
-
-    @property
-    def report_path(self) -> Path:
-        """What evaluate writes, beside report.md."""
-        return self.folder / "report.json"
-
-    @cached_property
-    def statistics_manifest(self) -> Manifest:
-        """What the statistics are made from."""
-        inputs = {
-            "checkpoint": self.source.fingerprint,
-            "calibration text": self.data.fingerprint("calib"),
-            "sample_tokens": self.experiment.sample_tokens,
-            "dtype": self.numbers,
-        }
-        return Manifest("calibrate", inputs)
-
-    @property
-    def sample_stride(self) -> int:
-        """Of so many calibration tokens one is kept whole."""
-        return max(1, -(-self.data.windows("calib").num_tokens // self.experiment.sample_tokens))
-
-    def found_statistics(self) -> Manifest | None:
-        """What the statistics that are there, and are to stay, were made from."""
-        if not self.statistics_path.exists() or self.experiment.overwrite:
-            return None
-        return read_header(self.statistics_path)[0]
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether the statistics of this experiment are there."""
-        if not self.statistics_path.exists():
-            return False
-        return read_header(self.statistics_path)[0].digest == self.statistics_manifest.digest
-
-    @property
-    def plan_manifest(self) -> Manifest:
-        """What the plan is made from."""
-        inputs = {
-            "statistics": self.statistics_manifest.digest,
-            "recipe": to_spec(self.experiment.recipe),
-            "keep": self.experiment.keep,
-            "budget": to_spec(self.experiment.budget),
-            "layers": self.experiment.layers,
-        }
-        return Manifest("plan", inputs)
-
-    def read_plan(self) -> CompressionPlan:
-        """Reads and checks the plan that is there."""
-        plan = CompressionPlan.load(self.plan_path)
-        plan.check(self.layers, self.source.fingerprint)
-        return plan
-
-    def compressed_manifest(self, plan: CompressionPlan) -> Manifest:
-        """What the compressed model is made from."""
-        beside = self.plan_path.with_suffix(".safetensors")
-        stored = json.loads(self.plan_path.read_text())
-        inputs = {
-            "checkpoint": self.source.fingerprint,
-            "plan": sha256_of({k: v for k, v in stored.items() if k != "manifest"}),
-            "plan weights": sha256_of_file(beside) if beside.exists() else "",
-            "dtype": self.numbers,
-        }
-        if plan.reads_tokens:
-            inputs["calibration text"] = self.data.fingerprint("calib")
-        if plan.needs_sample:
-            inputs["statistics"] = self.statistics_manifest.digest
-        return Manifest("compress", inputs)
-
-    def recovered_manifest(self, trainer_settings: dict[str, Any]) -> Manifest:
-        """What the recovered model is made from.
-
-        Args:
-            trainer_settings: Settings of the loop that decide the result.
-        """
-        compressed = found_manifest(self.compressed_path)
-        inputs = {
-            "compressed": "" if compressed is None else compressed.digest,
-            "recovery": asdict(self.experiment.recovery),
-            "training text": self.data.fingerprint("train"),
-            "validation text": self.data.fingerprint("valid"),
-            "batch_size": self.data.batch_size,
-            "order": self.data.seed,
-            "dtype": self.numbers,
-            "trainer": trainer_settings,
-        }
-        return Manifest("fit", inputs)
-
-    def report_manifest(self, folders: dict[str, Path]) -> Manifest:
-        """What the report is made from."""
-        inputs = {
-            "checkpoint": self.source.fingerprint,
-            "models": {name: open_checkpoint(path).fingerprint for name, path in folders.items()},
-            "test text": self.data.fingerprint("test"),
-            "baselines": self.plan_manifest.digest if self.experiment.baselines else "",
-            "dtype": self.numbers,
-        }
-        return Manifest("evaluate", inputs)
-
-    def check_space(self, *results: Path) -> None:
-        """Checks that the checkpoint folders that are still to come fit on the disk.
-
-        Raises:
-            OSError: They do not; nothing was written.
-        """
-        missing = sum(not path.exists() for path in results)
-        require_space(self.folder, missing * self._result_bytes)
-
-
-def _check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
-    """Checks that the family can store what becomes of its router."""
-    if router.keeps_all_rows or is_mapped(model):
-        check_mappable(model)
-    if router.needs_bias and not any(t.kind == "bias" for x in layers for t in x.router_tensors):
-        raise InputError(
-            f"{type(router).__name__} needs routers with a bias, which {model.config.model_type} "
-            "has not; set router to lightning_smoe.functional.router.LogSumExp"
-        )
-
-
-def found_manifest(folder: Path) -> Manifest | None:
-    """What a checkpoint folder that is there was made from; none if it is not ours."""
-    manifest = CheckpointFolder(folder).manifest.get("manifest")
-    return Manifest.from_json(manifest)

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import Statistics
-from lightning_smoe.compression.apply import apply_plan
+from lightning_smoe.compression.module import carry_out
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
@@ -25,7 +25,6 @@ from lightning_smoe.evaluation.report import (
     write_report,
 )
 from lightning_smoe.evaluation.tasks import TaskSuite
-from lightning_smoe.experiment import Workspace, found_manifest
 from lightning_smoe.measure import BASELINES, Yardstick
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load, outline
@@ -33,6 +32,7 @@ from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.pipeline import calibrate, read_seconds
+from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ def evaluate(
     if manifest is not None and not _is_current(manifest, wanted):
         manifest = None
     if manifest is None or work.experiment.overwrite:
-        if work.experiment.baselines and not work.has_statistics:
+        asks = work.experiment.baselines or work.experiment.beside
+        if asks and not work.has_statistics:
             calibrate(trainer, work)
         teacher, models = _judge_all(trainer, work, folders, suite)
         if trainer.is_global_zero:
@@ -141,8 +142,8 @@ def _judge_all(
     for name, path in folders.items():
         took = {step: seconds[step] for step in _STEPS_OF.get(name, ()) if step in seconds}
         found[name] = judge(load(path, work.dtype), path, took)
-    if work.experiment.baselines:
-        found |= {name: judge(model, None, {}) for name, model in _baselines(work)}
+    for name, model in _others_at_this_size(trainer, work):
+        found[name] = judge(model, None, {})
     return original, found
 
 
@@ -162,15 +163,27 @@ def _on_tasks(
         return replace(judged, tasks=suite.run(model, load_tokenizer(work.source.path)))
 
 
-def _baselines(work: Workspace) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Plain pruning, at the number of experts that the plan keeps in each layer."""
+def _others_at_this_size(
+    trainer: Trainer, work: Workspace
+) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Other recipes, and plain pruning, with as many experts as the plan keeps in each layer."""
+    recipes = work.experiment.beside | (BASELINES if work.experiment.baselines else {})
+    if not recipes:
+        return
     statistics = Statistics.load(work.statistics_path)
     plans = work.read_plan().by_name()
     counts = {name: len(plan.groups) for name, plan in plans.items()}
-    for name, recipe in BASELINES.items():
+    for name, recipe in recipes.items():
         model = load(work.source.path, work.dtype)
+        model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
         layers = [layer for layer in find_moe_layers(model) if layer.name in plans]
-        apply_plan(model, make_plan(statistics, layers, recipe, counts))
+        plan = make_plan(statistics, layers, recipe, counts)
+        try:
+            plan.check(layers, work.source.fingerprint)
+        except InputError as error:  # Such as fewer experts than a router of one row each selects.
+            logger.warning("evaluate: %s is left out: %s", name, error)
+            continue
+        carry_out(trainer, work.data, model, plan, samples=statistics.samples)
         yield name, model
 
 

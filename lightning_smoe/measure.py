@@ -135,11 +135,11 @@ def decide(
     layers = [layer for layer in find_moe_layers(model) if layer.name in chosen]
     text = work.data.windows("calib").tensors()
     trials = Trials(
-        model, statistics, wanted.recipe, layers=layers, keep=wanted.keep, text=text,
+        model, statistics, work.recipe, layers=layers, keep=wanted.keep, text=text,
         batch_size=work.data.batch_size,
     )  # fmt: skip
     counts = share_out(wanted.budget, trials)
-    return make_plan(statistics, layers, wanted.recipe, counts, manifest=manifest)
+    return make_plan(statistics, layers, work.recipe, counts, manifest=manifest)
 
 
 def measure(

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from transformers import PreTrainedModel
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.module import carry_out
-from lightning_smoe.compression.plan import CompressionPlan
-from lightning_smoe.experiment import Workspace, found_manifest
+from lightning_smoe.compression.plan import CompressionPlan, note_refits
 from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.card import model_card
 from lightning_smoe.models.checkpoint import load, save
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.mapped import is_mapped
+from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,11 @@ def compress(trainer: Trainer, work: Workspace) -> None:
         if not needed:
             return
         model = load(work.source.path, work.dtype)
-        carry_out(trainer, work.data, model, decided, samples=samples)
+        refits = carry_out(trainer, work.data, model, decided, samples=samples)
         if trainer.is_global_zero:
             steps = _compression_steps(decided)
+            steps += [f"{n}: {refit}." for n, refit in refits.items() if not refit.applied]
+            note_refits(work.plan_path, {name: asdict(refit) for name, refit in refits.items()})
             save_result(work, model, work.compressed_path, manifest=wanted, steps=steps)
 
 

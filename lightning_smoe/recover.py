@@ -11,12 +11,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.experiment import Workspace, found_manifest
 from lightning_smoe.models.artifact import Manifest, write_json
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.pipeline import compress, running_step, save_result
 from lightning_smoe.training.recovery import RecoveryModule
 from lightning_smoe.training.trainable import find_parts
+from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
 

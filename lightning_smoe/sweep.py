@@ -1,5 +1,6 @@
 """The sweep verb: many recipes at many sizes on several seeds, each planned, tried and measured."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,11 @@ from lightning_smoe.evaluation.sweep_file import (
     warnings_of,
     write_page,
 )
-from lightning_smoe.experiment import Workspace
+from lightning_smoe.experiment import AUTO
 from lightning_smoe.measure import BASELINES, Split, Yardstick, measure, reseeded, variant
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.pipeline import calibrate
+from lightning_smoe.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,33 @@ def sweep(trainer: Trainer, work: Workspace, grid: Grid) -> None:
         if "error" in entry:
             logger.warning("sweep: failed: %s: %s", describe(entry), entry["error"])
     console.print(f"Sweep: {path.with_suffix('.md')}", soft_wrap=True)
+
+
+def settle(trainer: Trainer, work: Workspace) -> Workspace:
+    """Replaces `recipe: auto` by the recipe of the short list that loses least.
+
+    All are tried on the validation text at the experiment's size, and stand in sweep.json.
+
+    Raises:
+        InputError: Several processes are asked for, or no recipe fits the model.
+    """
+    wanted = work.experiment
+    if wanted.recipe != "auto":
+        return work
+    grid = Grid(AUTO, [wanted.keep])
+    check(trainer, work, grid)
+    sweep(trainer, work, grid)
+    stored = json.loads((work.folder / NAME).read_text())["runs"]
+    tried = {
+        entry["recipe"]: entry["kl"]["mean"]
+        for entry in stored
+        if entry["recipe"] in AUTO and str(entry["keep"]) == str(wanted.keep) and "kl" in entry
+    }
+    if not tried:
+        raise InputError("recipe auto: no recipe of its list can be used on this model")
+    best = min(tried, key=lambda name: tried[name])
+    logger.info("recipe auto: %s is taken, with a KL of %.4f on valid text", best, tried[best])
+    return variant(trainer, work, recipe=AUTO[best])
 
 
 def _runs(trainer: Trainer, work: Workspace, grid: Grid) -> list[_Run]:

@@ -14,10 +14,11 @@ from lightning_smoe import compare, judge, pipeline, recover, show, sweep
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.tasks import TaskSuite
-from lightning_smoe.experiment import Experiment, Workspace
+from lightning_smoe.experiment import Experiment
 from lightning_smoe.measure import Split
 from lightning_smoe.models.artifact import locked
 from lightning_smoe.recipe_files import find_recipe, read_recipes
+from lightning_smoe.workspace import Workspace
 
 _LOOPS = ("train", "val", "test", "predict")
 
@@ -37,7 +38,8 @@ class SMoETrainer(Trainer):
         self._check_loops()
         self._check_devices()
         work = Workspace(model, datamodule, str(self.precision))
-        datamodule.check(splits)
+        chooses = model.recipe == "auto"
+        datamodule.check([*splits, "valid"] if chooses else splits)
         if check is not None:
             check(work)
         launcher = self.strategy.launcher
@@ -105,7 +107,7 @@ class SMoETrainer(Trainer):
             datamodule: The text.
         """
         with self._working(model, datamodule, ("calib",)) as work:
-            pipeline.plan(self, work)
+            pipeline.plan(self, sweep.settle(self, work))
 
     def compress(self, model: Experiment, datamodule: TextDataModule) -> None:
         """Carries out the plan and writes a smaller checkpoint.
@@ -115,7 +117,7 @@ class SMoETrainer(Trainer):
             datamodule: The text.
         """
         with self._working(model, datamodule, ("calib",), _check_space) as work:
-            pipeline.compress(self, work)
+            pipeline.compress(self, sweep.settle(self, work))
 
     def recover(
         self, model: Experiment, datamodule: TextDataModule, ckpt_path: str | None = None
@@ -131,8 +133,9 @@ class SMoETrainer(Trainer):
         splits = ("train", "calib", "valid", "test")
         check = partial(recover.check_training, self, ckpt_path=ckpt_path)
         with self._working(model, datamodule, splits, check) as work:
-            recover.recover(self, work, ckpt_path)
-            judge.evaluate(self, work)
+            settled = sweep.settle(self, work)
+            recover.recover(self, settled, ckpt_path)
+            judge.evaluate(self, settled)
 
     def evaluate(
         self,
@@ -174,8 +177,9 @@ class SMoETrainer(Trainer):
                 suite.check()
 
         with self._working(model, datamodule, ("calib", "test"), check) as work:
-            pipeline.compress(self, work)
-            judge.evaluate(self, work, others, suite)
+            settled = sweep.settle(self, work)
+            pipeline.compress(self, settled)
+            judge.evaluate(self, settled, others, suite)
 
     def sweep(
         self,

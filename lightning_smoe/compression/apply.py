@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
+from lightning_smoe.compression.layer_plan import LayerPlan
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.experts import ExpertWeights

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_smoe.compression.apply import apply_layer, apply_plan, finish
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
+from lightning_smoe.compression.layer_plan import LayerPlan
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.record import (
     bias_output,
     check_understood,
@@ -206,7 +207,7 @@ def carry_out(
     plan: CompressionPlan,
     *,
     samples: Mapping[str, TokenSample],
-) -> None:
+) -> dict[str, RefitOutcome]:
     """Compresses a model in place, on calibration text where the plan is fitted on it.
 
     Args:
@@ -215,12 +216,16 @@ def carry_out(
         model: The original; it is the compressed model afterwards.
         plan: What becomes of its experts.
         samples: Samples of tokens by the layer's name; empty if the plan needs none.
+
+    Returns:
+        What the refit of each layer did, by the layer's name.
     """
     if not plan.reads_tokens:
         apply_plan(model, plan, samples)
-        return
+        return {}
     module = CompressionModule(model, plan, samples)
     trainer.predict(module, datamodule=data, return_predictions=False)
+    return module.refits
 
 
 def _block(decoder: nn.Module, name: str) -> MoELayer:

@@ -6,121 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.strategy import from_spec, to_spec
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.alignment import Alignment
 from lightning_smoe.functional.merging import Average, Merger
 from lightning_smoe.functional.refit import Refit
-from lightning_smoe.functional.router import Grouping, RouterRepair, Slice
+from lightning_smoe.functional.router import RouterRepair, Slice
 from lightning_smoe.models.artifact import Manifest, replacing, write_json
 from lightning_smoe.models.layer import MoELayer
 
 _SCHEMA = 1
 _STRATEGIES = {"router": RouterRepair, "merger": Merger, "alignment": Alignment, "refit": Refit}
-_KEYS = {"schema", "model", "layers", "manifest", *_STRATEGIES}
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPlan:
-    """What becomes of the experts of one layer.
-
-    Args:
-        name: The layer, such as `model.layers.3.mlp`.
-        num_experts: Experts before.
-        groups: Experts of each slot after; a pruned layer has one expert a slot.
-        dropped: Experts that are in no slot.
-        weights: Share of each expert in the slot it is in, at least 0; equal shares if none.
-        super_experts: Experts of huge outputs that the planner left as they are; for the reader.
-    """
-
-    name: str
-    num_experts: int
-    groups: tuple[tuple[int, ...], ...]
-    dropped: tuple[int, ...] = ()
-    weights: Float64[Tensor, " experts"] | None = None
-    super_experts: tuple[int, ...] = ()
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the layer stays as it is."""
-        return self.groups == tuple((e,) for e in range(self.num_experts))
-
-    @property
-    def grouping(self) -> Grouping:
-        """Slot and share of every expert."""
-        assignment = torch.full((self.num_experts,), -1)
-        for slot, members in enumerate(self.groups):
-            assignment[list(members)] = slot
-        weights = self.weights
-        if weights is None:
-            weights = torch.ones(self.num_experts, dtype=torch.float64)
-        return Grouping(assignment, weights)
-
-    def check(self, layer: MoELayer, router: RouterRepair) -> None:
-        """Compares with the layer it is for.
-
-        Args:
-            layer: The layer.
-            router: How the router will follow.
-
-        Raises:
-            InputError: The layer has another number of experts, an expert is in two places or in
-                none, a slot is empty, a share is below 0, or the router needs more slots.
-        """
-        if layer.num_experts != self.num_experts:
-            raise InputError(
-                f"{self.name}: the plan is for {self.num_experts} experts and the model has "
-                f"{layer.num_experts}; make a plan for this model"
-            )
-        placed = [*self.dropped, *(e for group in self.groups for e in group)]
-        for expert in sorted({*placed, *range(self.num_experts)}):
-            times = placed.count(expert)
-            if times != 1 or not 0 <= expert < self.num_experts:
-                raise InputError(
-                    f"{self.name}: the plan names expert {expert} {times} times; name each of 0 to "
-                    f"{self.num_experts - 1} once, in one group or in dropped"
-                )
-        if not all(self.groups):
-            raise InputError(f"{self.name}: the plan has an empty group; remove it")
-        shares = torch.ones(self.num_experts) if self.weights is None else self.weights
-        if len(shares) != self.num_experts or not bool((shares >= 0).all()):
-            raise InputError(
-                f"{self.name}: plan.safetensors must give {self.num_experts} shares of 0 or more"
-            )
-        if router.keeps_all_rows:
-            if self.dropped:
-                raise InputError(
-                    f"{self.name}: the plan drops experts {list(self.dropped)}, but under the "
-                    f"router {type(router).__name__} every row needs a slot; put them in groups"
-                )
-            return
-        if len(self.groups) < layer.top_k:
-            raise InputError(
-                f"{self.name}: the plan keeps {len(self.groups)} experts but the router selects "
-                f"top_k={layer.top_k}; keep at least {layer.top_k}"
-            )
-        self._check_router_groups(layer)
-
-    def _check_router_groups(self, layer: MoELayer) -> None:
-        blocks = layer.num_router_groups
-        if blocks == 1:
-            return
-        size, width = self.num_experts // blocks, len(self.groups) // blocks
-        wrong = [
-            g for i, g in enumerate(self.groups) if {e // size for e in g} != {i // max(width, 1)}
-        ]
-        if len(self.groups) % blocks or wrong or width < layer.min_experts_per_router_group:
-            raise InputError(
-                f"{self.name}: the router chooses among {blocks} equal blocks of experts; keep the "
-                f"same number (at least {layer.min_experts_per_router_group}) in each block of "
-                f"{size}, in order, and merge within blocks only"
-            )
+_REFITS = "refits"
+_KEYS = {"schema", "model", "layers", "manifest", _REFITS, *_STRATEGIES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +129,19 @@ class CompressionPlan:
                 f"{path} is not a plan ({type(error).__name__}: {error}); see "
                 "lightning_smoe/compression/README.md for its keys"
             ) from error
+
+
+def decisions(path: Path) -> dict[str, Any]:
+    """What a plan.json decides, without what made it and what came of it."""
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in stored.items() if key not in ("manifest", _REFITS)}
+
+
+def note_refits(path: Path, refits: dict[str, dict[str, Any]]) -> None:
+    """Writes into a plan.json what came of the refit of each layer, by the layer's name."""
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if refits and stored.get(_REFITS) != refits:
+        write_json(path, {**stored, _REFITS: refits})
 
 
 def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:

@@ -10,7 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lightning_smoe.calibration.statistics import Statistics
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
+from lightning_smoe.compression.layer_plan import LayerPlan
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.recipe import Recipe
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.evidence import Evidence

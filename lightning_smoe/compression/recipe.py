@@ -7,13 +7,16 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from lightning_smoe.functional.alignment import Alignment, ByWeights
+from lightning_smoe.functional.alignment import Alignment
 from lightning_smoe.functional.evidence import Evidence
-from lightning_smoe.functional.grouping import Clustered, Grouper
+from lightning_smoe.functional.grouping import Grouper
 from lightning_smoe.functional.merging import Average, Merger
+from lightning_smoe.functional.pooled_matching import PooledMatching
+from lightning_smoe.functional.pooling import NeuronPool
 from lightning_smoe.functional.refit import Refit
-from lightning_smoe.functional.router import LogSumExp, RouterRepair, Slice
-from lightning_smoe.functional.saliency import Frequency, Reap, Saliency
+from lightning_smoe.functional.router import RouterRepair, Slice
+from lightning_smoe.functional.router_rows import Map
+from lightning_smoe.functional.saliency import Reap, Saliency
 
 Assignment = Int64[Tensor, " experts"]
 
@@ -104,6 +107,8 @@ class Prune(Recipe):
 class Merge(Recipe):
     """Puts one expert in the place of each group of experts.
 
+    As it stands it is matched neuron pooling; see lightning_smoe/compression/README.md.
+
     Args:
         groups: Which experts share a slot.
         weights: Share of each member in its group, by this criterion; null gives equal shares.
@@ -115,11 +120,11 @@ class Merge(Recipe):
         protect: Keep super experts as they are, whatever their group would be.
     """
 
-    groups: Grouper = Clustered()
-    weights: Saliency | None = Frequency()
-    merger: Merger = Average()
-    alignment: Alignment | None = ByWeights()
-    router: RouterRepair = LogSumExp()
+    groups: Grouper = PooledMatching()
+    weights: Saliency | None = None
+    merger: Merger = NeuronPool()
+    alignment: Alignment | None = None
+    router: RouterRepair = Map()
     refit: Refit | None = Refit()
     protect: bool = True
 

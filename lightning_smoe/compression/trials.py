@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.apply import apply_layer
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
+from lightning_smoe.compression.layer_plan import LayerPlan
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.planner import evidence_of, plan_layer, protected_experts
 from lightning_smoe.compression.recipe import Recipe
 from lightning_smoe.errors import InputError

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.module import CompressionModule
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.record import BlockRecord, record
 from lightning_smoe.compression.refit import RefitOutcome
 from lightning_smoe.data.packing import TokenWindows

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_smoe.compression.apply import apply_layer, apply_plan
-from lightning_smoe.compression.plan import CompressionPlan, LayerPlan
+from lightning_smoe.compression.layer_plan import LayerPlan
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.alignment import ByActivations, ByWeights
 from lightning_smoe.functional.pooling import NeuronPool

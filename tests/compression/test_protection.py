@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from lightning_smoe.compression.plan import LayerPlan
+from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Merge, Prune, Recipe
 from lightning_smoe.functional.pooled_matching import PooledMatching
