@@ -12,15 +12,13 @@ from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.planner import evidence_of, make_plan, select_layers
 from lightning_smoe.compression.recipe import Execution, Merge, Prune, Recipe
 from lightning_smoe.errors import InputError
+from lightning_smoe.functional.alignment import ByWeights
 from lightning_smoe.functional.clustering import Agglomerative
 from lightning_smoe.functional.distance import MeanOutput, Output, RouterLogit, TokenCosine
 from lightning_smoe.functional.grouping import Clustered
 from lightning_smoe.functional.kmeans import KMeans
-from lightning_smoe.functional.merging import UnionSVD
-from lightning_smoe.functional.pooled_matching import PooledMatching
-from lightning_smoe.functional.pooling import NeuronPool
-from lightning_smoe.functional.router import MeanRows
-from lightning_smoe.functional.router_rows import Map
+from lightning_smoe.functional.merging import Average, UnionSVD
+from lightning_smoe.functional.router import LogSumExp, MeanRows
 from lightning_smoe.functional.saliency import Frequency, GateMass, Reap, ReapSum
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
@@ -28,15 +26,15 @@ from tests.calibration.batches import WindowData, predict, random_windows
 from tests.families import build
 
 MERGES = [
-    Merge(Clustered(MeanOutput(), Agglomerative())),
-    Merge(Clustered(MeanOutput("cosine"), Agglomerative("complete")), weights=None),
+    Merge(Clustered(MeanOutput(), Agglomerative()), router=LogSumExp()),
+    Merge(Clustered(MeanOutput("cosine"), Agglomerative("complete")), router=LogSumExp()),
     Merge(Clustered(Output(), KMeans()), GateMass(), UnionSVD(), router=MeanRows()),
-    Merge(Clustered(TokenCosine(), KMeans()), weights=Reap()),
-    Merge(),
-    Merge(Clustered(RouterLogit())),
-    Merge(PooledMatching(), merger=NeuronPool(), alignment=None),
+    Merge(Clustered(TokenCosine(), KMeans()), weights=Reap(), router=LogSumExp()),
+    Merge(Clustered(), Frequency(), Average(), ByWeights(), LogSumExp()),
+    Merge(Clustered(RouterLogit()), router=LogSumExp()),
+    Merge(router=LogSumExp()),
 ]
-POOLED = Merge(PooledMatching(), merger=NeuronPool(), alignment=None, router=Map())
+POOLED = Merge()
 RECIPES = [Prune(), *MERGES, POOLED]
 FAMILIES = ["mixtral", "deepseek_v3"]
 Found = tuple[list[MoELayer], Statistics]

@@ -14,13 +14,16 @@ from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Merge, Prune, Recipe
 from lightning_smoe.errors import InputError
-from lightning_smoe.functional.alignment import ByActivations
+from lightning_smoe.functional.alignment import ByActivations, ByWeights
 from lightning_smoe.functional.evidence import TokenSample
+from lightning_smoe.functional.grouping import Clustered
+from lightning_smoe.functional.merging import Average
 from lightning_smoe.functional.pooled_matching import PooledMatching
 from lightning_smoe.functional.pooling import NeuronPool
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import LogSumExp
 from lightning_smoe.functional.router_rows import Map
+from lightning_smoe.functional.saliency import Frequency
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load, save
 from lightning_smoe.models.folder import open_checkpoint
@@ -36,8 +39,8 @@ POOLED = Merge(
 )
 RECIPES = {
     "pruned": Prune(),
-    "merged": Merge(),
-    "aligned": Merge(alignment=ByActivations()),
+    "merged": Merge(Clustered(), Frequency(), Average(), ByWeights(), LogSumExp()),
+    "aligned": Merge(Clustered(), Frequency(), Average(), ByActivations(), LogSumExp()),
     "pooled": POOLED,
     "pooled in rows": replace(POOLED, router=LogSumExp()),
 }

@@ -8,9 +8,8 @@ import torch
 from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Merge, Prune, Recipe
-from lightning_smoe.functional.pooled_matching import PooledMatching
-from lightning_smoe.functional.pooling import NeuronPool
-from lightning_smoe.functional.router_rows import Map
+from lightning_smoe.functional.grouping import Clustered
+from lightning_smoe.functional.router import LogSumExp
 from lightning_smoe.functional.saliency import Frequency
 from lightning_smoe.models.layer import find_moe_layers
 from tests.calibration.batches import gather, random_windows
@@ -20,8 +19,8 @@ from tests.families import build
 SUPER = 4
 RECIPES = [
     Prune(Frequency()),
+    Merge(Clustered(), router=LogSumExp()),
     Merge(),
-    Merge(PooledMatching(), merger=NeuronPool(), alignment=None, router=Map()),
 ]
 
 
@@ -52,7 +51,7 @@ def test_a_super_expert_has_a_slot_of_its_own_and_is_named(family: str, recipe: 
     "recipe",
     [
         Prune(Frequency(), protect=False),
-        Merge(PooledMatching(), merger=NeuronPool(), router=Map(), protect=False),
+        Merge(protect=False),
     ],
     ids=["prune", "merge"],
 )
@@ -69,8 +68,7 @@ def test_pruning_would_drop_it_without_protection() -> None:
 
 
 def test_only_experts_that_stay_alone_are_named() -> None:
-    recipe = Merge(PooledMatching(), merger=NeuronPool(), router=Map())
-    (first, _) = plans("qwen3_moe", recipe, 1)
+    first, _ = plans("qwen3_moe", Merge(), 1)
     assert first.groups == (tuple(range(12)),)
     assert first.super_experts == ()
 

@@ -118,8 +118,8 @@ def test_equal_experts_are_merged_first(grouper: Grouper) -> None:
 def test_groups_without_traffic_give_no_nan(clusterer: Clusterer) -> None:
     evidence = counted([0] * 6)
     for recipe in (
-        Merge(Clustered(Output(), clusterer)),
-        Merge(Clustered(MeanOutput(), clusterer)),
+        Merge(Clustered(Output(), clusterer), Frequency()),
+        Merge(Clustered(MeanOutput(), clusterer), Frequency()),
     ):
         assignment, shares = recipe(evidence, 3, NONE)
         assert sorted(set(assignment.tolist())) == [0, 1, 2]
@@ -141,9 +141,11 @@ def test_a_recipe_is_carried_out_as_set() -> None:
     assert Prune(refit=Refit(0.3)).execution.refit == Refit(0.3)
     recipe = Merge(merger=UnionSVD(4), alignment=ByActivations(), router=MeanRows(), refit=None)
     assert recipe.execution == Execution(MeanRows(), UnionSVD(4), ByActivations(), None)
-    assert Merge().execution == Execution(LogSumExp(), Average(), ByWeights(), Refit())
-    pooled = Merge(PooledMatching(), merger=NeuronPool(), alignment=None, router=Map())
-    assert pooled.execution == Execution(Map(), NeuronPool(), None, Refit())
+    merged = Merge(Clustered(), Frequency(), Average(), ByWeights(), LogSumExp())
+    assert merged.execution == Execution(LogSumExp(), Average(), ByWeights(), Refit())
+    # As it stands it is matched neuron pooling.
+    assert Merge() == Merge(PooledMatching(), None, NeuronPool(), None, Map(), Refit())
+    assert Merge().execution == Execution(Map(), NeuronPool(), None, Refit())
 
 
 @pytest.mark.parametrize("recipe", [Prune(), Merge()], ids=["prune", "merge"])
