@@ -103,14 +103,16 @@ class LocalSearch(Budget):
     """Moves experts between two layers wherever the measured KL falls, from a given start.
 
     Each trial measures KL(original || model) with all layers compressed, without the refit, on
-    calibration text, and is taken only if it is lower. It ends when no move helps or the trials are
-    used up. The result is never worse than the start on those tokens; on others it may be, by their
-    noise.
+    calibration text, and is taken only if it is clearly lower. It ends when no move helps or the
+    trials are used up. The result is never worse than the start on those tokens; on others it may
+    be, by their noise.
 
     Args:
         start: Where it starts.
         num_trials: Allocations measured at most, at least 1.
         num_moved: Experts moved at a time, at least 1; the next number that suits both layers.
+        min_gain: Fraction of the KL by which a move must lower it, in [0, 1): without, a search
+            near its end follows the noise of its tokens.
         num_tokens: Calibration tokens that the model runs on; their logits stay in memory.
         seed: Seed of the order of moves.
         bounds: Numbers that a layer may keep.
@@ -119,6 +121,7 @@ class LocalSearch(Budget):
     start: Budget = Uniform()
     num_trials: int = 48
     num_moved: int = 1
+    min_gain: float = 0.01
     num_tokens: int = 8192
     seed: int = 0
     bounds: Bounds = Bounds()
@@ -130,6 +133,8 @@ class LocalSearch(Budget):
                 f"num_trials={self.num_trials} and num_moved={self.num_moved} search nothing; "
                 "take 1 or more of each"
             )
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain={self.min_gain} is no gain; take 0 or more, below 1")
 
     def __call__(self, trials: Trials) -> dict[str, int]:
         limits = self.limits(trials.layers, trials.keep, trials.recipe.execution.router)
@@ -159,7 +164,7 @@ class LocalSearch(Budget):
             tried.add(proposed)
             done += 1
             found = measure(named(trials.layers, proposed))
-            if found < best:
+            if found < (1 - self.min_gain) * best:
                 counts, best = proposed, found
                 open_moves = moves(counts, limits, self.num_moved)
                 draw.shuffle(open_moves)

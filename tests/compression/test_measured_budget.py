@@ -58,7 +58,7 @@ def test_the_least_sum_of_measured_costs_is_found(family: str, numbers: range) -
 def test_a_search_ends_where_no_move_helps() -> None:
     trials = trials_of("mixtral", keep=8)
     names = [layer.name for layer in trials.layers]
-    counts = share_out(LocalSearch(num_trials=100, num_moved=2), trials)
+    counts = share_out(LocalSearch(num_trials=100, num_moved=2, min_gain=0), trials)
     measure = trials.measure(10_000)
     here = measure(counts)
     assert here <= measure(dict.fromkeys(names, 8))
@@ -66,6 +66,11 @@ def test_a_search_ends_where_no_move_helps() -> None:
         near = {names[0]: counts[names[0]] + moved, names[1]: counts[names[1]] - moved}
         if all(2 <= count <= 12 for count in near.values()):
             assert measure(near) >= here
+
+
+def test_a_search_stays_where_moves_gain_too_little() -> None:
+    trials = trials_of("mixtral", keep=8)
+    assert set(share_out(LocalSearch(min_gain=0.99), trials).values()) == {8}
 
 
 def test_a_search_is_bounded_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +128,7 @@ def test_a_start_outside_the_bounds_is_refused() -> None:
         (lambda: MeasuredDP(num_tokens=1), "num_tokens=1 is too few"),
         (lambda: LocalSearch(num_trials=0), "num_trials=0 .* search nothing"),
         (lambda: LocalSearch(num_moved=0), "num_moved=0 search nothing"),
+        (lambda: LocalSearch(min_gain=1.0), "min_gain=1.0 is no gain"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make: Any, message: str) -> None:
