@@ -58,7 +58,7 @@ def test_the_least_sum_of_measured_costs_is_found(family: str, numbers: range) -
 def test_a_search_ends_where_no_move_helps() -> None:
     trials = trials_of("mixtral", keep=8)
     names = [layer.name for layer in trials.layers]
-    counts = share_out(LocalSearch(num_trials=100, num_moved=2, min_gain=0), trials)
+    counts = share_out(LocalSearch(num_trials=100, num_moved=2, min_gain=0.0), trials)
     measure = trials.measure(10_000)
     here = measure(counts)
     assert here <= measure(dict.fromkeys(names, 8))
