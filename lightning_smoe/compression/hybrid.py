@@ -28,9 +28,8 @@ class Hybrid(Recipe):
 
     Prices of merges take the exact sum of the members' routing weights, which the router comes
     close to only as far as one row can; prices of drops let no other expert take the place. Prices
-    are of one change alone and are added up. They are squared errors of one layer's output, and
-    these follow the whole model's divergence less well than REAP does: on the shipped model, REAP
-    and the refit lose less (see configs/recipe/stock.yaml), and drops alone less than both kinds.
+    are of one change alone and are added up. On the shipped model, drops alone by these prices lose
+    less than both kinds, and REAP with the refit (configs/recipe/stock.yaml) less than either.
 
     Args:
         num_partners: Partners that each expert is tried with, at least 0; with none, only drops.
