@@ -1,7 +1,7 @@
 """Prints what was published about a compressed model beside what this project's reports say.
 
 Reads configs/published/*.json, and the report.json of the experiments in configs/ that compress the
-same model by a named recipe; what has no report, or none on tasks, is `not run`.
+same model on the paper's calibration text; what has no report, or none on tasks, is `not run`.
 """
 
 import json
@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
+# The paper's calibration text: with another the rows would not be comparable.
+TEXT = "data/wikitext2.yaml"
 TASKS = ("arc_challenge", "arc_easy", "mmlu", "winogrande")
 
 
@@ -41,8 +43,9 @@ def _ours(root: Path, model: str) -> Iterator[list[str]]:
     """One row for each experiment, and one for the original that they all begin with."""
     original = None
     for config in sorted((root / "configs").glob("*.yaml")):
-        experiment = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-        if experiment["checkpoint"] == model and isinstance(experiment.get("recipe"), str):
+        whole = yaml.safe_load(config.read_text(encoding="utf-8"))
+        experiment = whole["model"]
+        if experiment["checkpoint"] == model and whole.get("data") == TEXT:
             report = root / experiment["output_dir"] / "report.json"
             found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
             original = original or found
