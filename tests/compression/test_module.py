@@ -29,7 +29,7 @@ from tests.conftest import SHIPPED_CHECKPOINT, TOKENIZER_VOCAB_SIZE
 from tests.families import FAMILIES, build
 
 # More tokens than features, or a fit would not help the sequences that are held out.
-TEXT = random_windows(100)
+TEXT = random_windows(80)
 
 
 @pytest.mark.parametrize("family", MANY)

@@ -31,7 +31,7 @@ from tests.compression.plans import (
 from tests.families import build
 
 # More tokens than features, or a fit would not help the sequences that are held out.
-TEXT = random_windows(150)
+TEXT = random_windows(110)
 
 
 @torch.no_grad()

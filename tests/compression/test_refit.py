@@ -55,7 +55,7 @@ def test_the_errors_before_and_after_are_those_on_held_out_tokens(family: str, f
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fitter", FITTERS)
 def test_the_strength_is_the_one_that_does_best_on_held_out_tokens(
@@ -181,7 +181,7 @@ def test_more_sweeps_never_raise_the_objective(
 ) -> None:
     problem = Problem(family, part=0.3)
     last = problem.objective(problem.start, 3.0)
-    for sweeps in (1, 2, 4, 32):
+    for sweeps in (1, 2, 20):
         monkeypatch.setattr("lightning_smoe.compression.sweeps._MOST_SWEEPS", sweeps)
         weights, outcome = problem.solve("by sweeps", Refit(3.0))
         assert outcome.applied
