@@ -12,13 +12,13 @@ that are there after the change.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from lightning_smoe.functional.evidence import Evidence, TokenSample
+from lightning_smoe.functional.evidence import Evidence
 from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.functional.merging import GroupTokens, Merger
 from lightning_smoe.functional.refit import check_strength
@@ -65,7 +65,7 @@ class Absorber:
             strength: lam relative to the mean energy of a feature that fires, at least 1e-6.
         """
         check_strength(strength)
-        evidence = replace(evidence, sample=_spread(evidence.sample, num_tokens))
+        evidence = replace(evidence, sample=evidence.sample.thinned(num_tokens))
         number = evidence.sample.num_tokens
         device = evidence.gates.device
         kernel = torch.zeros(number, number, dtype=torch.float64, device=device)
@@ -147,11 +147,3 @@ def _features(
     """Activations of an expert under the summed routing weights of all that share its slot."""
     gate = seen.gates.double().sum(1, keepdim=True)
     return gate * weights.activations(seen.states, expert, seen.activate).double()
-
-
-def _spread(sample: TokenSample, num_tokens: int) -> TokenSample:
-    """Takes that many tokens, evenly spread, so that no part of the text is left out."""
-    total = sample.num_tokens
-    chosen = min(num_tokens, total)
-    places = torch.arange(chosen, device=sample.states.device) * total // chosen
-    return TokenSample(*(getattr(sample, field.name)[places] for field in fields(sample)))

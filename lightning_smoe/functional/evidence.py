@@ -1,7 +1,7 @@
 """All that is known of one layer when its plan is made."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -37,14 +37,20 @@ class TokenSample:
         """Tokens in the sample."""
         return len(self.states)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TokenSample":
+        """Applies one change to every tensor (tokens on the first axis)."""
+        return TokenSample(*(change(getattr(self, field.name)) for field in fields(self)))
+
     def to(self, device: torch.device) -> "TokenSample":
         """Moves the sample to a device."""
-        return TokenSample(
-            self.states.to(device),
-            self.router_logits.to(device),
-            self.routing_weights.to(device),
-            self.expert_indices.to(device),
-        )
+        return self.map(lambda tensor: tensor.to(device))
+
+    def thinned(self, num_tokens: int) -> "TokenSample":
+        """Takes that many tokens, evenly spread, so that no part of the text is left out."""
+        total = self.num_tokens
+        chosen = min(num_tokens, total)
+        places = torch.arange(chosen, device=self.states.device) * total // chosen
+        return self.map(lambda tensor: tensor[places])
 
     @cached_property
     def gates(self) -> Float[Tensor, "tokens experts"]:

@@ -38,25 +38,12 @@ class LeaveOneOut(Saliency):
 
     def __call__(self, evidence: Evidence) -> Float64[Tensor, " experts"]:
         rule = infer_routing_rule(evidence.sample)
-        evidence = replace(evidence, sample=_thinned(evidence.sample, self.num_tokens))
+        evidence = replace(evidence, sample=evidence.sample.thinned(self.num_tokens))
         grams = []
         for _, outputs in evidence.output_blocks():
             by_token = outputs.transpose(0, 1)
             grams.append(by_token @ by_token.mT)
         return _turns(rule, evidence.sample, torch.cat(grams))
-
-
-def _thinned(sample: TokenSample, num_tokens: int) -> TokenSample:
-    """Takes that many tokens, evenly spread, so that no part of the text is left out."""
-    total = sample.num_tokens
-    chosen = min(num_tokens, total)
-    places = torch.arange(chosen, device=sample.states.device) * total // chosen
-    return TokenSample(
-        sample.states[places],
-        sample.router_logits[places],
-        sample.routing_weights[places],
-        sample.expert_indices[places],
-    )
 
 
 def _turns(

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_smoe.functional.evidence import Evidence, TokenSample
+from lightning_smoe.functional.evidence import Evidence
 from lightning_smoe.functional.grouping import Grouper
 from lightning_smoe.functional.partition import check_num_groups, numbered, positive_mass
 from lightning_smoe.functional.saliency import GateMass, Saliency
@@ -46,7 +46,7 @@ class RoutedGreedy(Grouper):
         labels = torch.arange(evidence.num_experts, device=evidence.gates.device)
         if num_groups == len(labels):
             return labels
-        sample = _thin(evidence.sample, self.num_tokens)
+        sample = evidence.sample.thinned(self.num_tokens)
         groups = _Groups(
             _output_grams(replace(evidence, sample=sample)),
             sample.gates.T.contiguous(),
@@ -140,19 +140,6 @@ class _Groups:
         belongs = one_hot(self.labels, len(self.labels)).double()
         increase: Tensor = added.sum(1, dtype=torch.float64) @ belongs
         return increase
-
-
-def _thin(sample: TokenSample, num_tokens: int) -> TokenSample:
-    """Takes so many tokens, spread evenly."""
-    if num_tokens >= sample.num_tokens:
-        return sample
-    kept = torch.arange(num_tokens, device=sample.states.device) * sample.num_tokens // num_tokens
-    return TokenSample(
-        sample.states[kept],
-        sample.router_logits[kept],
-        sample.routing_weights[kept],
-        sample.expert_indices[kept],
-    )
 
 
 def _output_grams(evidence: Evidence) -> Float[Tensor, "experts experts tokens"]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_smoe.functional.evidence import Evidence
-from lightning_smoe.functional.routed_greedy import RoutedGreedy, _Groups, _output_grams, _thin
+from lightning_smoe.functional.routed_greedy import RoutedGreedy, _Groups, _output_grams
 from lightning_smoe.functional.saliency import Frequency, GateMass, Saliency
 from tests.functional.layers import evidence_of, random_weights, swiglu
 from tests.functional.partitions import greedy, partition
@@ -92,15 +92,15 @@ def test_experts_that_no_token_visits_join_at_no_cost() -> None:
 
 def test_a_thinned_sample_is_spread_evenly() -> None:
     sample = layer().sample
-    thin = _thin(sample, 5)
+    thin = sample.thinned(5)
     assert torch.equal(thin.states, sample.states[[0, 10, 20, 30, 40]])
     assert torch.equal(thin.gates, sample.gates[[0, 10, 20, 30, 40]])
-    assert _thin(sample, 50) is sample
+    assert torch.equal(sample.thinned(50).states, sample.states)
 
 
 def test_fewer_tokens_are_looked_at_than_the_sample_holds() -> None:
     evidence = layer()
-    thin = Evidence(evidence.sums, _thin(evidence.sample, 10), evidence.weights, swiglu)
+    thin = Evidence(evidence.sums, evidence.sample.thinned(10), evidence.weights, swiglu)
     assert torch.equal(RoutedGreedy(num_tokens=10)(evidence, 3), RoutedGreedy()(thin, 3))
 
 
