@@ -1,5 +1,6 @@
 """Running the command line as a user does, within the test process, and what a folder holds."""
 
+import copy
 import hashlib
 import io
 import logging
@@ -18,11 +19,18 @@ import yaml
 from lightning_smoe.cli import main
 
 EXPERIMENT_VERBS = ("calibrate", "plan", "compress", "fit", "evaluate")
-VERBS = (*EXPERIMENT_VERBS, "inspect", "generate")
+LOOKING_VERBS = ("inspect", "generate", "compare")
+VERBS = (*EXPERIMENT_VERBS, "sweep", *LOOKING_VERBS)
 
-# A whole experiment in a second: names of folders are relative to the experiment's own.
+# A whole experiment in a second: names of folders are relative to the experiment's own. Pruning,
+# because its results are stock checkpoints; the default recipe has tests of its own.
 EXPERIMENT: dict[str, Any] = {
-    "model": {"checkpoint": "model", "output_dir": "out", "keep": 6},
+    "model": {
+        "checkpoint": "model",
+        "output_dir": "out",
+        "keep": 6,
+        "recipe": {"class_path": "lightning_smoe.compression.recipe.Prune"},
+    },
     "data": {
         "path": "text",
         "sequence_length": 64,
@@ -70,14 +78,16 @@ class Workplace:
         return self.folder / "out"
 
     def write(self, changes: Mapping[str, Any]) -> None:
-        """Writes the experiment file with other values at dotted keys."""
-        experiment: dict[str, Any] = {name: dict(part) for name, part in EXPERIMENT.items()}
+        """Writes the experiment file with other values at dotted keys; a `...` takes one out."""
+        experiment = copy.deepcopy(EXPERIMENT)
         for key, value in changes.items():
             *parents, last = key.split(".")
             section = experiment
             for parent in parents:
                 section = section.setdefault(parent, {})
             section[last] = value
+            if value is ...:
+                del section[last]
         (self.folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))
 
     def run(self, *words: str | Path) -> Outcome:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,17 +103,23 @@ def test_limits_that_the_results_would_not_tell_are_refused(work: Workplace) -> 
 
 
 def test_strategies_out_of_range_are_refused(work: Workplace) -> None:
-    merge = "lightning_smoe.compression.recipe.Merge"
     functional = "lightning_smoe.functional"
-    for part, path, settings, match in (
-        ("merger", "merging.UnionSVD", {"rank": 0}, r"rank=0 keeps nothing of a matrix; take 1"),
-        ("clusterer", "clustering.KMeans", {"num_starts": 0}, r"num_starts=0 tries nothing"),
-        ("router", "router.LogSumExp", {"strength": 0.0}, r"strength=0\.0 must be"),
-        ("clusterer", "merging.Average", {}, r"merging\.Average"),
-        ("clusterer", "clustering.Kmeans", {}, r"Kmeans"),
+
+    def spec(path: str, **settings: Any) -> dict[str, Any]:
+        return {"class_path": f"{functional}.{path}", "init_args": settings}
+
+    def clustered(path: str, **settings: Any) -> dict[str, Any]:
+        return {"groups": spec("grouping.Clustered", clusterer=spec(path, **settings))}
+
+    for settings, match in (
+        ({"merger": spec("merging.UnionSVD", rank=0)}, r"rank=0 keeps nothing of a matrix; take 1"),
+        (clustered("kmeans.KMeans", num_starts=0), r"num_starts=0 tries nothing"),
+        ({"router": spec("router.LogSumExp", strength=0.0)}, r"strength=0\.0 must be"),
+        ({"groups": spec("merging.Average")}, r"merging\.Average"),
+        (clustered("kmeans.Kmeans"), r"Kmeans"),
     ):
-        strategy = {"class_path": f"{functional}.{path}", "init_args": settings}
-        work.write({"model.recipe": {"class_path": merge, "init_args": {part: strategy}}})
+        merge = {"class_path": "lightning_smoe.compression.recipe.Merge", "init_args": settings}
+        work.write({"model.recipe": merge})
         work.refused(match, "plan")
 
 

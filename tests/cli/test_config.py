@@ -11,7 +11,7 @@ import yaml
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.experiment import Experiment
 from lightning_smoe.training.recovery import Recovery
-from tests.cli.command import EXPERIMENT_VERBS, VERBS, Workplace, check_refusal
+from tests.cli.command import EXPERIMENT_VERBS, LOOKING_VERBS, VERBS, Workplace, check_refusal
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))
@@ -27,6 +27,8 @@ KEYS = [
 OWN = {
     "fit": ["ckpt_path"],
     "evaluate": ["others", "tasks", "limit", "num_fewshot", "task_batch_size", "task_path"],
+    "sweep": ["recipes", "keep", "seeds", "split"],
+    "compare": ["runs", "output"],
     "inspect": ["checkpoint"],
     "generate": ["checkpoint", "prompt", "max_new_tokens", "temperature"],
 }
@@ -43,7 +45,7 @@ def printed(work: Workplace, verb: str, *words: str | Path) -> dict[str, Any]:
 def test_help_mentions_every_key_of_a_verb(verb: str, work: Workplace) -> None:
     outcome = work.run(verb, "--help")
     assert outcome.code == 0
-    keys = [*(KEYS if verb in EXPERIMENT_VERBS else []), *OWN.get(verb, [])]
+    keys = [*([] if verb in LOOKING_VERBS else KEYS), *OWN.get(verb, [])]
     assert [key for key in keys if f"--{key} " not in outcome.out] == []
     assert outcome.err == ""
 
@@ -114,8 +116,9 @@ def test_later_words_override_the_file_and_later_files_override_earlier_ones(
         "--model.recovery.trainable=[experts,shared]",
         "--model.recovery.schedule=cosine",
         "--model.recipe=Merge",
-        "--model.recipe.clusterer=KMeans",
-        "--model.recipe.clusterer.seed=3",
+        "--model.recipe.groups=Clustered",
+        "--model.recipe.groups.clusterer=KMeans",
+        "--model.recipe.groups.clusterer.seed=3",
         "--model.recipe.refit=null",
         "--data.domains=[lit]",
         "--trainer.max_steps=9",
@@ -127,7 +130,9 @@ def test_later_words_override_the_file_and_later_files_override_earlier_ones(
     assert config["model"]["recovery"]["schedule"] == "cosine"
     recipe = config["model"]["recipe"]
     assert recipe["class_path"] == "lightning_smoe.compression.recipe.Merge"
-    assert recipe["init_args"]["clusterer"]["init_args"] == {"num_starts": 10, "seed": 3}
+    clusterer = recipe["init_args"]["groups"]["init_args"]["clusterer"]
+    assert clusterer["class_path"] == "lightning_smoe.functional.kmeans.KMeans"
+    assert clusterer["init_args"]["seed"] == 3
     assert recipe["init_args"]["refit"] is None
     assert config["data"]["domains"] == ["lit"]
     assert config["trainer"]["max_steps"] == 9
@@ -202,7 +207,7 @@ def test_a_misspelt_option_of_a_strategy_is_refused(work: Workplace) -> None:
     work.write({"model.recipe": {"class_path": path, "init_args": {"salience": "Reap"}}})
     work.refused(r"model\.recipe[\s\S]*Option 'salience' is not accepted", "plan")
     work.write({})
-    work.refused(r"saliency[\s\S]*Reep$", "plan", "--model.recipe.saliency=Reep")
+    work.refused(r"saliency[\s\S]*Reep", "plan", "--model.recipe.saliency=Reep")
 
 
 def test_a_misspelt_option_of_a_looking_verb_is_refused_with_a_guess(work: Workplace) -> None:

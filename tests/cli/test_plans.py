@@ -61,6 +61,11 @@ def test_a_plan_from_scratch_may_merge_and_leave_layers_out(work: Workplace) -> 
     torch.testing.assert_close(router(work.out / "compressed", LAYERS[1]), expected.float())
 
 
+def decisions(work: Workplace) -> dict[str, Any]:
+    """The plan but for what came of its refit, which compress adds."""
+    return {name: part for name, part in read(work.out / "plan.json").items() if name != "refits"}
+
+
 def edit(work: Workplace) -> list[int]:
     """Puts a dropped expert in the place of the first kept one of the first layer."""
     plan = read(work.out / "plan.json")
@@ -73,23 +78,38 @@ def edit(work: Workplace) -> list[int]:
 def test_an_edited_plan_is_what_compress_carries_out(work: Workplace) -> None:
     work.done("plan")
     kept = edit(work)
-    before = hash_of(work.out / "plan.json")
+    before = decisions(work)
     work.done("compress")
     expected = router(work.folder / "model")[kept]
     torch.testing.assert_close(router(work.out / "compressed"), expected, rtol=0, atol=0)
-    work.done("compress")
-    assert hash_of(work.out / "plan.json") == before
+    stored = hash_of(work.out / "plan.json")
+    told = work.done("compress").err
+    assert "compress: out/compressed is there already" in told
+    assert decisions(work) == before
+    assert hash_of(work.out / "plan.json") == stored
 
 
 def test_a_plan_edited_after_compression_is_not_lost_to_overwrite(finished: Workplace) -> None:
     kept = edit(finished)
-    before = hash_of(finished.out / "plan.json")
+    before = decisions(finished)
     match = r"compressed holds the result of another run \(different: plan\)"
     finished.refused(match, "compress")
     finished.done("compress", "--model.overwrite=true")
-    assert hash_of(finished.out / "plan.json") == before
+    assert decisions(finished) == before
     expected = router(finished.folder / "model")[kept]
     torch.testing.assert_close(router(finished.out / "compressed"), expected, rtol=0, atol=0)
+
+
+def test_compress_notes_in_the_plan_what_came_of_each_refit(work: Workplace) -> None:
+    work.done("plan")
+    assert "refits" not in read(work.out / "plan.json")
+    work.done("compress")
+    refits = read(work.out / "plan.json")["refits"]
+    assert list(refits) == list(LAYERS)
+    for refit in refits.values():
+        assert refit["applied"] == (refit["after"] < refit["before"])
+    work.done("compress", "--model.recipe.refit=null", "--model.overwrite=true")
+    assert not read(work.out / "plan.json").get("refits")
 
 
 def test_the_plan_is_readable_and_names_every_expert_once(finished_once: Workplace) -> None:

@@ -25,28 +25,26 @@ def prune(**init_args: Any) -> dict[str, Any]:
     return spec(f"{COMPRESSION}.Prune", **init_args)
 
 
+def clustered(path: str, **init_args: Any) -> dict[str, Any]:
+    """Groups of experts by clustering the default distance."""
+    return spec(f"{FUNCTIONAL}.grouping.Clustered", clusterer=spec(path, **init_args))
+
+
 RECIPES = {
     "frequency": prune(saliency=f"{FUNCTIONAL}.saliency.Frequency", refit=None),
-    "gate mass": prune(saliency=f"{FUNCTIONAL}.saliency.GateMass"),
     "reap": prune(saliency=f"{FUNCTIONAL}.saliency.Reap", refit={"strength": 1.0}),
-    "reap sum": prune(saliency=spec(f"{FUNCTIONAL}.saliency.ReapSum")),
-    "hc-smoe": merge(
-        clusterer=spec(f"{FUNCTIONAL}.clustering.Agglomerative", linkage="average"),
-        router=f"{FUNCTIONAL}.router.MeanRows",
-        align=False,
-        refit=None,
-    ),
-    "sub-moe": merge(
-        clusterer=spec(f"{FUNCTIONAL}.clustering.KMeans", num_starts=2, seed=1),
+    "k-means": merge(
+        groups=clustered(f"{FUNCTIONAL}.kmeans.KMeans", num_starts=2, seed=1),
         merger=spec(f"{FUNCTIONAL}.merging.UnionSVD", rank=8),
         router=f"{FUNCTIONAL}.router.Slice",
-        weights=None,
     ),
     "ward": merge(
-        clusterer=f"{FUNCTIONAL}.clustering.GateMassWard",
+        groups=clustered(f"{FUNCTIONAL}.clustering.GateMassWard"),
         merger=f"{FUNCTIONAL}.merging.Average",
+        alignment=f"{FUNCTIONAL}.alignment.ByBoth",
         weights=f"{FUNCTIONAL}.saliency.GateMass",
         router=spec(f"{FUNCTIONAL}.router.LogSumExp", strength=0.01),
+        refit=None,
     ),
 }
 
@@ -56,7 +54,7 @@ def plan_of(work: Workplace) -> dict[str, Any]:
     return stored
 
 
-SLOW = ("gate mass", "reap", "reap sum", "hc-smoe", "ward")
+SLOW = ("reap", "ward")
 
 
 @pytest.mark.parametrize(
@@ -89,19 +87,6 @@ def test_saliencies_disagree_and_none_is_mistaken_for_another(work: Workplace) -
     work.refused(r"plan\.json holds the result of another run \(different: recipe\)", "plan")
     work.done("plan", "--model.overwrite=true")
     assert plan_of(work)["layers"] != by_frequency
-
-
-def test_a_recipe_that_compares_all_outputs_needs_richer_statistics(work: Workplace) -> None:
-    work.done("calibrate")
-    work.write({"model.recipe": merge()})
-    match = r"statistics\.safetensors holds .* \(different: all_experts\)"
-    work.refused(match, "plan")
-    work.done("plan", "--model.overwrite=true")
-    work.write({"model.output_dir": "other"})
-    work.out.rename(work.folder / "other")
-    (work.folder / "other/plan.json").unlink()
-    told = work.done("plan").err
-    assert "statistics.safetensors is there already" in told
 
 
 def test_some_layers_only_give_uneven_counts_that_every_verb_takes(work: Workplace) -> None:
@@ -138,7 +123,7 @@ def test_keeping_all_experts_keeps_every_bit(work: Workplace) -> None:
 
 
 def test_the_same_seed_twice_gives_the_same_bytes(work: Workplace) -> None:
-    work.write({"model.recipe": RECIPES["sub-moe"]})
+    work.write({"model.recipe": RECIPES["k-means"]})
     work.done("compress")
     first = snapshot(work.out.rename(work.folder / "first"))
     work.done("compress")
