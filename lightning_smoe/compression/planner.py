@@ -23,6 +23,10 @@ from lightning_smoe.models.layer import MoELayer
 
 logger = logging.getLogger(__name__)
 
+# Part of the layers that may have super experts, as in REAP's code: behind it no attention is left
+# that would rely on them.
+_DEPTH = 0.75
+
 
 def experts_to_keep(keep: int | float, layer: MoELayer, router: RouterRepair) -> int:
     """Number of experts that a layer keeps.
@@ -191,7 +195,7 @@ def protected_experts(
         for name, outputs in zip(statistics.layers, largest, strict=True)
     }
     if recipe.protects_super_experts:
-        for alone, experts in zip(found.values(), super_experts(largest), strict=True):
+        for alone, experts in zip(found.values(), super_experts(largest, _DEPTH), strict=True):
             alone[experts] = True
     return found
 

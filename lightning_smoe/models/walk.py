@@ -66,7 +66,7 @@ def embed(
     with _replaced_forward(decoder_layers(model), note):
         model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     # By the text alone, so that neither batches nor processes change what is held out.
-    held_out = input_ids.sum(1) % _HELD_OUT == 0
+    held_out = (input_ids * is_token).sum(1) % _HELD_OUT == 0
     return WaitingBatch(states[0], calls, is_token, held_out)
 
 
