@@ -32,20 +32,24 @@ from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.pipeline import calibrate, read_seconds
-from lightning_smoe.workspace import Workspace, found_manifest
+from lightning_smoe.workspace import Workspace, check_router, found_manifest
 
 logger = logging.getLogger(__name__)
 
 _STEPS_OF = {"compressed": ("calibrate", "plan", "compress"), "recovered": ("fit",)}
+_NAMES = (TEACHER, *_STEPS_OF, *BASELINES)
 
 
-def check_others(work: Workspace, others: Sequence[Path]) -> None:
-    """Checks further checkpoint folders before any work.
+def check_others(work: Workspace, others: Sequence[Path] = ()) -> None:
+    """Checks further checkpoint folders, and the names of recipes beside, before any work.
 
     Raises:
-        InputError: A folder is no checkpoint with experts, has the name of another model of the
-            report, or another vocabulary than the original.
+        InputError: A folder is no checkpoint with experts, has another vocabulary than the
+            original, or it or a recipe has the name of another model of the report.
     """
+    taken = sorted(work.experiment.beside.keys() & {*_NAMES, *_name(others)})
+    if taken:
+        raise InputError(f"model.beside: another model of the report is named {taken[0]}; rename")
     vocab_size = text_config(outline(work.source).config).vocab_size
     for name, path in _name(others).items():
         model = outline(open_checkpoint(path))
@@ -63,7 +67,7 @@ def _name(others: Sequence[Path]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for path in others:
         name = path.resolve().name
-        if name in (*folders, *BASELINES, TEACHER, "compressed", "recovered"):
+        if name in (*folders, *_NAMES):
             raise InputError(f"--others: two models would be named {name}; rename the folder")
         folders[name] = open_checkpoint(path).path
     return folders
@@ -177,8 +181,9 @@ def _others_at_this_size(
         model = load(work.source.path, work.dtype)
         model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
         layers = [layer for layer in find_moe_layers(model) if layer.name in plans]
-        plan = make_plan(statistics, layers, recipe, counts)
         try:
+            check_router(recipe.execution.router, model, layers)
+            plan = make_plan(statistics, layers, recipe, counts)
             plan.check(layers, work.source.fingerprint)
         except InputError as error:  # Such as fewer experts than a router of one row each selects.
             logger.warning("evaluate: %s is left out: %s", name, error)

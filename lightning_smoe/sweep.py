@@ -129,20 +129,28 @@ def sweep(trainer: Trainer, work: Workspace, grid: Grid) -> None:
     console.print(f"Sweep: {path.with_suffix('.md')}", soft_wrap=True)
 
 
+def check_auto(trainer: Trainer, work: Workspace) -> None:
+    """Checks, before any work, that what `recipe: auto` chooses from can be tried.
+
+    Raises:
+        InputError: Several processes are asked for, or no recipe fits the model.
+    """
+    if work.experiment.recipe == "auto":
+        check(trainer, work, Grid(AUTO, [work.experiment.keep]))
+
+
 def settle(trainer: Trainer, work: Workspace) -> Workspace:
     """Replaces `recipe: auto` by the recipe of the short list that loses least.
 
     All are tried on the validation text at the experiment's size, and stand in sweep.json.
 
     Raises:
-        InputError: Several processes are asked for, or no recipe fits the model.
+        InputError: No recipe can be used on the model.
     """
     wanted = work.experiment
     if wanted.recipe != "auto":
         return work
-    grid = Grid(AUTO, [wanted.keep])
-    check(trainer, work, grid)
-    sweep(trainer, work, grid)
+    sweep(trainer, work, Grid(AUTO, [wanted.keep]))
     stored = json.loads((work.folder / NAME).read_text())["runs"]
     tried = {
         entry["recipe"]: entry["kl"]["mean"]

@@ -32,15 +32,14 @@ class SMoETrainer(Trainer):
         model: Experiment,
         datamodule: TextDataModule,
         splits: Sequence[str],
-        check: Callable[[Workspace], None] | None = None,
+        *checks: Callable[[Workspace], None],
     ) -> Iterator[Workspace]:
         """Checks everything, brings up all processes, then holds the output folder."""
         self._check_loops()
         self._check_devices()
         work = Workspace(model, datamodule, str(self.precision))
-        chooses = model.recipe == "auto"
-        datamodule.check([*splits, "valid"] if chooses else splits)
-        if check is not None:
+        datamodule.check(splits)
+        for check in checks:
             check(work)
         launcher = self.strategy.launcher
         # Before the first look at results: a barrier does nothing until processes are joined.
@@ -56,6 +55,20 @@ class SMoETrainer(Trainer):
                 # The others would wait for this one until they time out.
                 launcher.kill(signal.SIGTERM)
             raise
+
+    @contextmanager
+    def _settling(
+        self,
+        model: Experiment,
+        datamodule: TextDataModule,
+        splits: Sequence[str],
+        *checks: Callable[[Workspace], None],
+    ) -> Iterator[Workspace]:
+        """The same, for steps that need the recipe, which `auto` leaves open until then."""
+        splits = (*splits, "valid") if model.recipe == "auto" else splits
+        checks = (partial(sweep.check_auto, self), *checks)
+        with self._working(model, datamodule, splits, *checks) as work:
+            yield sweep.settle(self, work)
 
     def _check_devices(self) -> None:
         if not isinstance(self.strategy, SingleDeviceStrategy | DDPStrategy):
@@ -106,8 +119,8 @@ class SMoETrainer(Trainer):
             model: The experiment.
             datamodule: The text.
         """
-        with self._working(model, datamodule, ("calib",)) as work:
-            pipeline.plan(self, sweep.settle(self, work))
+        with self._settling(model, datamodule, ("calib",)) as work:
+            pipeline.plan(self, work)
 
     def compress(self, model: Experiment, datamodule: TextDataModule) -> None:
         """Carries out the plan and writes a smaller checkpoint.
@@ -116,8 +129,10 @@ class SMoETrainer(Trainer):
             model: The experiment.
             datamodule: The text.
         """
-        with self._working(model, datamodule, ("calib",), _check_space) as work:
-            pipeline.compress(self, sweep.settle(self, work))
+        with self._settling(
+            model, datamodule, ("calib",), lambda work: work.check_space(work.compressed_path)
+        ) as work:
+            pipeline.compress(self, work)
 
     def recover(
         self, model: Experiment, datamodule: TextDataModule, ckpt_path: str | None = None
@@ -132,10 +147,9 @@ class SMoETrainer(Trainer):
         """
         splits = ("train", "calib", "valid", "test")
         check = partial(recover.check_training, self, ckpt_path=ckpt_path)
-        with self._working(model, datamodule, splits, check) as work:
-            settled = sweep.settle(self, work)
-            recover.recover(self, settled, ckpt_path)
-            judge.evaluate(self, settled)
+        with self._settling(model, datamodule, splits, judge.check_others, check) as work:
+            recover.recover(self, work, ckpt_path)
+            judge.evaluate(self, work)
 
     def evaluate(
         self,
@@ -172,14 +186,13 @@ class SMoETrainer(Trainer):
 
         def check(work: Workspace) -> None:
             judge.check_others(work, others)
-            _check_space(work)
+            work.check_space(work.compressed_path)
             if suite is not None:
                 suite.check()
 
-        with self._working(model, datamodule, ("calib", "test"), check) as work:
-            settled = sweep.settle(self, work)
-            pipeline.compress(self, settled)
-            judge.evaluate(self, settled, others, suite)
+        with self._settling(model, datamodule, ("calib", "test"), check) as work:
+            pipeline.compress(self, work)
+            judge.evaluate(self, work, others, suite)
 
     def sweep(
         self,
@@ -238,7 +251,3 @@ class SMoETrainer(Trainer):
             temperature: Randomness of the choice, 0 or more; 0 takes the likeliest token.
         """
         show.generate(checkpoint, prompt, max_new_tokens, temperature)
-
-
-def _check_space(work: Workspace) -> None:
-    work.check_space(work.compressed_path)

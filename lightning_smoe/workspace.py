@@ -56,7 +56,7 @@ class Workspace:
         limits = experiment.budget.limits(self.chosen, experiment.keep, router)
         evenly = even_counts([layer.num_experts for layer in self.chosen], limits)
         kept = dict(zip((layer.index for layer in self.chosen), evenly, strict=True))
-        _check_router(router, model, self.chosen)
+        check_router(router, model, self.chosen)
         if not router.keeps_all_rows:
             counted_config(
                 self.source, {layer.index: layer.num_experts for layer in self.layers} | kept
@@ -230,8 +230,12 @@ class Workspace:
         require_space(self.folder, missing * self._result_bytes)
 
 
-def _check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
-    """Checks that the family can store what becomes of its router."""
+def check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
+    """Checks that the family can store what becomes of its router.
+
+    Raises:
+        InputError: It cannot.
+    """
     if router.keeps_all_rows or is_mapped(model):
         check_mappable(model)
     if router.needs_bias and not any(t.kind == "bias" for x in layers for t in x.router_tensors):
