@@ -18,6 +18,7 @@ def own_tasks(work: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return work.folder / "tasks"
 
 
+@pytest.mark.slow
 def test_every_model_of_the_report_is_judged_on_tasks_which_later_reports_keep(
     work: Workplace, own_tasks: Path
 ) -> None:
