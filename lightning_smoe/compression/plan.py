@@ -140,8 +140,9 @@ def decisions(path: Path) -> dict[str, Any]:
 def note_refits(path: Path, refits: dict[str, dict[str, Any]]) -> None:
     """Writes into a plan.json what came of the refit of each layer, by the layer's name."""
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if refits and stored.get(_REFITS) != refits:
-        write_json(path, {**stored, _REFITS: refits})
+    noted = {_REFITS: refits} if refits else {}
+    if stored.get(_REFITS, {}) != refits:
+        write_json(path, {**{k: v for k, v in stored.items() if k != _REFITS}, **noted})
 
 
 def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:

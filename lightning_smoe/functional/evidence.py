@@ -68,12 +68,14 @@ class Evidence:
         sample: What the router did with a sample of them.
         weights: The experts.
         activate: The experts' activation.
+        chosen_from: For a selection of a layer's experts, the whole layer, and which of it.
     """
 
     sums: ExpertSums
     sample: TokenSample
     weights: ExpertWeights
     activate: Activation
+    chosen_from: "tuple[Evidence, Int64[Tensor, ' members']] | None" = None
 
     @property
     def num_experts(self) -> int:
@@ -135,5 +137,9 @@ class Evidence:
             self.sample.states, self.sample.router_logits[:, experts], chosen, every
         )
         return Evidence(
-            self.sums.select(experts), sample, self.weights.select(experts), self.activate
+            self.sums.select(experts),
+            sample,
+            self.weights.select(experts),
+            self.activate,
+            (self, experts),
         )

@@ -23,7 +23,7 @@ class LeaveOneOut(Saliency):
 
     Every expert runs on the tokens once; memory is `4 num_tokens num_experts^2` bytes (134 MB for
     128 experts), time grows with `num_tokens num_experts^2 top_k`. Turns rank the experts of one
-    layer and say nothing across layers. It needs the whole layer, not a selection of its experts.
+    layer and say nothing across layers.
 
     Args:
         num_tokens: Tokens to try it on, spread evenly over the sample, at least 1; all of them if
@@ -37,6 +37,10 @@ class LeaveOneOut(Saliency):
             raise ValueError(f"num_tokens={self.num_tokens} leaves nothing to try; give 1 or more")
 
     def __call__(self, evidence: Evidence) -> Float64[Tensor, " experts"]:
+        if evidence.chosen_from is not None:
+            layer, members = evidence.chosen_from
+            # The router chooses among all; turns of a part rank that part as well.
+            return self(layer)[members]
         rule = infer_routing_rule(evidence.sample)
         evidence = replace(evidence, sample=evidence.sample.thinned(self.num_tokens))
         grams = []

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_smoe.errors import InputError
 from lightning_smoe.functional.evidence import Evidence
 from lightning_smoe.functional.leave_one_out import LeaveOneOut
 from lightning_smoe.functional.routing import RoutingRule, Score
@@ -125,7 +124,8 @@ def test_no_tokens_are_refused() -> None:
         LeaveOneOut(0)
 
 
-def test_a_selection_of_the_experts_is_refused() -> None:
+def test_a_selection_of_the_experts_has_their_turns_in_the_whole_layer() -> None:
     evidence = evidence_of(random_weights(), num_tokens=60)
-    with pytest.raises(InputError, match="follow no known rule"):
-        LeaveOneOut()(evidence.select(torch.tensor([0, 2, 3])))
+    members = torch.tensor([0, 2, 3])
+    whole = LeaveOneOut()(evidence)
+    assert torch.equal(LeaveOneOut()(evidence.select(members)), whole[members])
