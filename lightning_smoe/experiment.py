@@ -32,12 +32,12 @@ class Experiment:
         output_dir: Folder for all results: statistics.safetensors, plan.json, compressed/,
             recovered/, report.json and report.md.
         keep: Routed experts that each layer keeps, on average over the layers: a fraction in
-            (0, 1], or a whole number; at least what the router selects.
+            (0, 1], or a whole number; at least what the router selects, unless it keeps all rows.
         budget: How many of them each layer keeps. Where counts differ by layer, the result loads
             with transformers only if router rows share experts (Map), else with
             lightning_smoe.models.checkpoint.load only.
-        layers: Decoder layers to change, counted from 0, or all. Counts then differ by layer, and
-            the result loads with lightning_smoe.models.checkpoint.load only.
+        layers: Decoder layers to change, counted from 0, or all. Counts then differ by layer: see
+            budget.
         recipe: How experts are chosen and what becomes of the others: a class with its settings, a
             file that holds them, or `auto`, which tries a short list and keeps what loses least on
             the validation text.

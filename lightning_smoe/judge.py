@@ -185,10 +185,10 @@ def _others_at_this_size(
             check_router(recipe.execution.router, model, layers)
             plan = make_plan(statistics, layers, recipe, counts)
             plan.check(layers, work.source.fingerprint)
-        except InputError as error:  # Such as fewer experts than a router of one row each selects.
+            carry_out(trainer, work.data, model, plan, samples=statistics.samples)
+        except ValueError as error:  # Such as fewer experts than a router of one row each selects.
             logger.warning("evaluate: %s is left out: %s", name, error)
             continue
-        carry_out(trainer, work.data, model, plan, samples=statistics.samples)
         yield name, model
 
 

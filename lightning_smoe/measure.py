@@ -139,6 +139,7 @@ def decide(
         batch_size=work.data.batch_size,
     )  # fmt: skip
     counts = share_out(wanted.budget, trials)
+    del trials  # It holds copies of layers.
     return make_plan(statistics, layers, work.recipe, counts, manifest=manifest)
 
 

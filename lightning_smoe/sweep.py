@@ -155,7 +155,9 @@ def settle(trainer: Trainer, work: Workspace) -> Workspace:
     tried = {
         entry["recipe"]: entry["kl"]["mean"]
         for entry in stored
-        if entry["recipe"] in AUTO and str(entry["keep"]) == str(wanted.keep) and "kl" in entry
+        if entry["recipe"] in AUTO
+        and (str(entry["keep"]), entry["seed"]) == (str(wanted.keep), work.data.seed)
+        and "kl" in entry
     }
     if not tried:
         raise InputError("recipe auto: no recipe of its list can be used on this model")

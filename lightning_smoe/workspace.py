@@ -215,6 +215,7 @@ class Workspace:
             "models": {name: open_checkpoint(path).fingerprint for name, path in folders.items()},
             "test text": self.data.fingerprint("test"),
             "baselines": self.plan_manifest.digest if self.experiment.baselines else "",
+            "statistics": self.statistics_manifest.digest if self.experiment.beside else "",
             "beside": {k: to_spec(r) for k, r in self.experiment.beside.items()},
             "dtype": self.numbers,
         }

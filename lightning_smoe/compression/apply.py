@@ -118,6 +118,7 @@ def _fill_slots(
             f"{layer.name}: the plan's merger looks at a sample of tokens, and there is none; "
             "calibrate this model first"
         )
+    sample = None if sample is None else sample.to(device)
     shares = layer_plan.grouping.weights.to(device)
     slots = []
     for group in layer_plan.groups:

@@ -151,7 +151,6 @@ class CompressionModule(LightningModule):
             batched = (self._router_batch(decoder, layer, *pair) for pair in pairs)
             tokens = RouterTokens(batched, self._sum_over_processes)
         sample = self._samples.get(layer.name)
-        sample = None if sample is None else sample.to(self.device)
         apply_layer(layer, layer_plan, self._plan, tokens=tokens, sample=sample)
         if self._plan.refit is None:
             return ""

@@ -1,4 +1,4 @@
-"""From statistics, weights and a recipe to a plan; no model runs."""
+"""From statistics, weights and a recipe to a plan."""
 
 import logging
 import math

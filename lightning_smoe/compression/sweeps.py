@@ -48,7 +48,8 @@ def refit_by_sweeps(
     Returns:
         The fitted matrices, and what the fit did.
     """
-    sweep = _Sweep(layer, records, start, reduce)
+    # Rounded once, when all sweeps are done: residuals would drift from half-precision weights.
+    sweep = _Sweep(layer, records, start.float(), reduce)
     held_out = [record.held_out for record in records]
     taught = [~mask for mask in held_out]
     everything = [torch.ones_like(mask) for mask in held_out]

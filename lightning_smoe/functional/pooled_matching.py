@@ -1,6 +1,7 @@
 """Who shares a slot with whom, by what neuron pooling would lose."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -131,17 +132,17 @@ def _equal_experts(
     Returns:
         Label of each expert, and the first expert of each label.
     """
-    weights = evidence.weights
-    rows = torch.cat([neuron_rows(weights), weights.down_proj.mT], dim=2)
+    device = evidence.gates.device
     labels: list[int] = []
     firsts: list[int] = []
     seen: dict[bytes, int] = {}
     surplus = evidence.num_experts - num_groups
     for expert in range(evidence.num_experts):
-        neurons = torch.unique(rows[expert].float(), dim=0)  # sorted: their order does not matter
-        bias = weights.down_bias
-        key = neurons.cpu().numpy().tobytes()
-        key += b"" if bias is None else bias[expert].float().cpu().numpy().tobytes()
+        one = evidence.weights.select(torch.tensor([expert], device=device))
+        rows = torch.cat([neuron_rows(one), one.down_proj.mT], dim=2)[0].float()
+        parts = [torch.unique(rows, dim=0)]  # sorted: the order of neurons does not matter
+        parts += [] if one.down_bias is None else [one.down_bias.float()]
+        key = sha256(b"".join(part.numpy(force=True).tobytes() for part in parts)).digest()
         if key in seen and surplus > 0:
             surplus -= 1
             labels.append(seen[key])
@@ -149,4 +150,4 @@ def _equal_experts(
         seen[key] = len(firsts)
         labels.append(len(firsts))
         firsts.append(expert)
-    return torch.tensor(labels, device=evidence.gates.device), firsts
+    return torch.tensor(labels, device=device), firsts
