@@ -81,7 +81,7 @@ class TextDataModule(LightningDataModule):
         domains: list[str] | None = None,
         text_field: str = "text",
         sequence_length: int = 256,
-        calib_tokens: int | None = 16384,
+        calib_tokens: int | None = 40960,
         valid_tokens: int | None = 8192,
         test_tokens: int | None = 16384,
         train_tokens: int | None = None,
