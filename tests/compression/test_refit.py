@@ -67,10 +67,11 @@ def test_the_strength_is_the_one_that_does_best_on_held_out_tokens(
     for strength in STRENGTHS:
         taught = problem.solution(strength, ~held_out)
         errors.append(problem.error(taught, held_out))
-    best = STRENGTHS[errors.index(min(errors))]
     _, outcome = problem.solve(fitter, Refit())
-    assert outcome.strength == best
+    # Sweeps try each strength for a few rounds only, and may take the next to the best.
+    assert errors[STRENGTHS.index(outcome.strength)] < 1.05 * min(errors)
     if fitter == "jointly":
+        assert outcome.strength == STRENGTHS[errors.index(min(errors))]
         assert outcome.after == pytest.approx(min(errors), rel=1e-4)
         assert outcome.applied == (min(errors) < problem.error(problem.start, held_out))
 
