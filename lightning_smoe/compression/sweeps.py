@@ -65,7 +65,7 @@ def refit_by_sweeps(
         return start, outcome
     sweep.reset()
     sweep.settle(sweep.part(everything), outcome.strength, _MOST_SWEEPS)
-    return sweep.weights, outcome
+    return sweep.weights.to(start.dtype), outcome
 
 
 @dataclass(frozen=True, eq=False)

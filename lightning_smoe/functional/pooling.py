@@ -97,8 +97,9 @@ def slot_sums(members: ExpertWeights, tokens: GroupTokens) -> SlotSums:
             own = block.gates[:, member : member + 1]
             factors = torch.cat([own * own, own * slot, slot * slot], dim=1)
             # Squares overflow in float16, and lose most of their digits in bfloat16.
-            hidden = members.activations(block.states, member, tokens.activate).float()
-            sums[member] += (factors.float().T @ hidden.square()).double()
+            hidden = members.activations(block.states, member, tokens.activate)
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            sums[member] += (factors.to(wide).T @ hidden.to(wide).square()).double()
     gates = tokens.gates.double()
     slot = gates.sum(1, keepdim=True)
     own_sum, cross, shared = sums.unbind(1)
@@ -184,7 +185,7 @@ def _distinct(
     members: ExpertWeights,
 ) -> tuple[Int64[Tensor, " distinct"], Int64[Tensor, " neurons"]]:
     """First place of each different neuron, and for every neuron which of them it equals."""
-    rows = neuron_rows(members).flatten(0, 1).float()
+    rows = neuron_rows(members).flatten(0, 1)
     _, label = torch.unique(rows, dim=0, return_inverse=True)
     place = torch.arange(len(rows), device=rows.device)
     first = place.new_full((int(label.max()) + 1,), len(rows))
