@@ -11,7 +11,12 @@ from jaxtyping import Float64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_smoe.compression.planner import experts_to_keep, least_experts, total_to_keep
+from lightning_smoe.compression.planner import (
+    experts_to_keep,
+    least_experts,
+    router_blocks,
+    total_to_keep,
+)
 from lightning_smoe.compression.trials import Trials
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.allocation import (
@@ -99,8 +104,7 @@ class Bounds:
             ) from error
 
     def _allowed(self, layer: MoELayer, router: RouterRepair) -> range:
-        blocks = 1 if router.keeps_all_rows else layer.num_router_groups
-        step = math.lcm(self.round_to, blocks)
+        step = math.lcm(self.round_to, router_blocks(layer, router))
         least = max(least_experts(layer, router), math.ceil(self.min_keep * layer.num_experts), 1)
         allowed = range(-(-least // step) * step, layer.num_experts + 1, step)
         if not allowed:
@@ -150,7 +154,7 @@ class GlobalRank(Budget):
             scores = self.saliency(trials.evidence(layer)).double().cpu()
             if self.normalize:
                 scores = scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
-            blocks = 1 if trials.recipe.execution.router.keeps_all_rows else layer.num_router_groups
+            blocks = router_blocks(layer, trials.recipe.execution.router)
             costs.append(dropped_saliency(scores, numbers, blocks))
         return named(trials.layers, cheapest_counts(costs, limits))
 

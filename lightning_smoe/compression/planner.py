@@ -84,6 +84,18 @@ def least_experts(layer: MoELayer, router: RouterRepair) -> int:
     return max(layer.top_k, layer.num_router_groups * layer.min_experts_per_router_group)
 
 
+def router_blocks(layer: MoELayer, router: RouterRepair) -> int:
+    """Equal blocks of experts that must keep equally many and share no slot.
+
+    Where the router keeps all its rows its groups keep theirs, whatever shares a slot: one block.
+
+    Args:
+        layer: The layer.
+        router: How the router will follow.
+    """
+    return 1 if router.keeps_all_rows else layer.num_router_groups
+
+
 def _asked(keep: int | float, layer: MoELayer) -> float:
     """Experts of a layer that are asked for, not yet rounded."""
     if not math.isfinite(keep) or keep <= 0:
@@ -220,8 +232,7 @@ def plan_layer(
     total = layer.num_experts
     if num_groups == total:
         return LayerPlan(layer.name, total, tuple((e,) for e in range(total)))
-    # Where the router keeps all its rows, its blocks keep theirs, whatever shares a slot.
-    blocks = 1 if recipe.execution.router.keeps_all_rows else layer.num_router_groups
+    blocks = router_blocks(layer, recipe.execution.router)
     size, each = total // blocks, num_groups // blocks
     assignment = torch.full((total,), -1)
     weights = torch.ones(total, dtype=torch.float64)

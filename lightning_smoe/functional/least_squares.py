@@ -93,12 +93,9 @@ class LeastSquares(Merger):
         tokens: GroupTokens | None = None,
     ) -> ExpertWeights:
         tokens = required_tokens(self, tokens)
-        wide = members.map(widened)
-        start = self.start(wide, weights, tokens)
         shares = shares_of(weights).to(tokens.gates.device, tokens.gates.dtype)
         as_if_mixed = replace(tokens, gates=shares.expand(len(tokens.states), -1))
-        merged = _with_fitted_output(wide, start, as_if_mixed, self.strength)
-        return merged.map(lambda tensor: tensor.to(members.up_proj.dtype))
+        return _refitted(self, members, weights, tokens, fit_to=as_if_mixed)
 
 
 @dataclass(frozen=True)
@@ -132,10 +129,7 @@ class RoutedLeastSquares(Merger):
         tokens: GroupTokens | None = None,
     ) -> ExpertWeights:
         tokens = required_tokens(self, tokens)
-        wide = members.map(widened)
-        start = self.start(wide, weights, tokens)
-        merged = _with_fitted_output(wide, start, tokens.routed(), self.strength)
-        return merged.map(lambda tensor: tensor.to(members.up_proj.dtype))
+        return _refitted(self, members, weights, tokens, fit_to=tokens.routed())
 
 
 def _regressions(
@@ -155,6 +149,21 @@ def _regressions(
             written = written.to(write_changes.dtype)
             writes.add(written, written @ write_changes[member].T)
     return reads, writes
+
+
+def _refitted(
+    merger: LeastSquares | RoutedLeastSquares,
+    members: ExpertWeights,
+    weights: Float[Tensor, " members"],
+    tokens: GroupTokens,
+    *,
+    fit_to: GroupTokens,
+) -> ExpertWeights:
+    """Merges as the start merger does, then fits the output map to what these tokens get."""
+    wide = members.map(widened)
+    start = merger.start(wide, weights, tokens)
+    merged = _with_fitted_output(wide, start, fit_to, merger.strength)
+    return merged.map(lambda tensor: tensor.to(members.up_proj.dtype))
 
 
 def _with_fitted_output(
