@@ -69,15 +69,15 @@ def compress(trainer: Trainer, work: Workspace) -> None:
     """Writes compressed/."""
     plan(trainer, work)
     decided = work.read_plan()
-    samples = {}
     if decided.needs_sample:
         calibrate(trainer, work)
-        samples = Statistics.load(work.statistics_path).samples
     wanted = work.compressed_manifest(decided)
     found = found_manifest(work.compressed_path)
     with running_step(trainer, work, work.compressed_path, found=found, wanted=wanted) as needed:
         if not needed:
             return
+        needs_sample = decided.needs_sample
+        samples = Statistics.load(work.statistics_path).samples if needs_sample else {}
         model = load(work.source.path, work.dtype)
         refits = carry_out(trainer, work.data, model, decided, samples=samples)
         if trainer.is_global_zero:

@@ -13,8 +13,14 @@ from lightning_smoe.calibration.observer import Batch, RoutedTokens, observing
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import MoELayer
 
-# Largest relative error of a block's output put together again from its parts, in float32.
-_FLOAT32_ERROR = 1e-3
+# Largest relative error of a block's output put together again from its parts: in float32, and in
+# units of rounding below it.
+_FLOAT32_ERROR, _ROUNDING = 1e-3, 16
+
+
+def relative_rounding(dtype: torch.dtype) -> float:
+    """Largest relative error of a sum that is formed in another order, in this type."""
+    return max(_FLOAT32_ERROR, _ROUNDING * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +176,7 @@ def check_understood(
     """
     rebuilt = features.float() @ output_weights(layer).float().T + bias_output(layer, block).float()
     error, size = (rebuilt - block.output.float()).norm(), block.output.float().norm()
-    tolerance = max(_FLOAT32_ERROR, 16 * torch.finfo(block.output.dtype).eps)
+    tolerance = relative_rounding(block.output.dtype)
     # Not the quotient: a process whose batch holds repeats only has no token, and 0 <= 0.
     if not error <= tolerance * size:
         raise InputError(

@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lightning_smoe.compression.record import relative_rounding
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import MoELayer
-
-# Relative error of a sum formed in another order: in float32, and in units of rounding below it.
-_FLOAT32_ERROR, _ROUNDING = 1e-3, 16
 
 
 @torch.no_grad()
@@ -45,7 +43,7 @@ def output_factor(
     energy = output.square().sum()
     factor = float((change * output).sum() / energy) if energy > 0 else 1.0
     error = (change - factor * output).norm()
-    rounding = max(_FLOAT32_ERROR, _ROUNDING * torch.finfo(before.dtype).eps)
+    rounding = relative_rounding(before.dtype)
     if not error <= rounding * max(before.double().norm(), output.norm()):
         raise InputError(
             f"{layer.name}: its decoder layer does more to its output than to add it, so drift "
