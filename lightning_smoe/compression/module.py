@@ -22,6 +22,7 @@ from lightning_smoe.compression.record import (
     output_weights,
     record,
     set_output_weights,
+    shared_output,
 )
 from lightning_smoe.compression.refit import (
     RefitOutcome,
@@ -33,6 +34,7 @@ from lightning_smoe.compression.sweeps import refit_by_sweeps
 from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import RouterBatch, RouterTokens
+from lightning_smoe.functional.scale import OutputProducts, ScaleRepair, scale_outputs
 from lightning_smoe.models.layer import MoELayer, decoder_layer_of
 from lightning_smoe.models.walk import WaitingBatch, decoder_layers, embed, run_layer
 
@@ -152,11 +154,29 @@ class CompressionModule(LightningModule):
             tokens = RouterTokens(batched, self._sum_over_processes)
         sample = self._samples.get(layer.name)
         apply_layer(layer, layer_plan, self._plan, tokens=tokens, sample=sample)
+        if self._plan.scale is not None:
+            self._rescale(decoder, layer, pairs, self._plan.scale)
         if self._plan.refit is None:
             return ""
         outcome = self._refit(decoder, layer, pairs, self._plan.refit)
         self.refits[layer.name] = outcome
         return f", {outcome}"
+
+    def _rescale(
+        self,
+        decoder: nn.Module,
+        layer: MoELayer,
+        pairs: Sequence[tuple[WaitingBatch, _Taught]],
+        repair: ScaleRepair,
+    ) -> None:
+        """Gives what the routed experts add the size that it had, in place."""
+        products = OutputProducts.zeros(self.device)
+        for batch, teacher in pairs:
+            block, _ = record(layer, batch.is_token, _runner(decoder, batch, layer.index))
+            beside = shared_output(layer, block)
+            products.add(teacher.output - beside, block.output - beside)
+        scale = repair(products.reduced(self._sum_over_processes))
+        layer.store(scale_outputs(layer.weights(), scale))
 
     def _router_batch(
         self, decoder: nn.Module, layer: MoELayer, batch: WaitingBatch, teacher: _Taught

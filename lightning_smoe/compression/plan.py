@@ -16,11 +16,18 @@ from lightning_smoe.functional.alignment import Alignment
 from lightning_smoe.functional.merging import Average, Merger
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import RouterRepair, Slice
+from lightning_smoe.functional.scale import ScaleRepair
 from lightning_smoe.models.artifact import Manifest, replacing, write_json
 from lightning_smoe.models.layer import MoELayer
 
 _SCHEMA = 1
-_STRATEGIES = {"router": RouterRepair, "merger": Merger, "alignment": Alignment, "refit": Refit}
+_STRATEGIES = {
+    "router": RouterRepair,
+    "merger": Merger,
+    "alignment": Alignment,
+    "refit": Refit,
+    "scale": ScaleRepair,
+}
 _REFITS = "refits"
 _KEYS = {"schema", "model", "layers", "manifest", _REFITS, *_STRATEGIES}
 
@@ -35,6 +42,7 @@ class CompressionPlan:
         merger: How the members of a slot become one expert.
         alignment: How the members' neurons are matched before they are merged; none leaves them.
         refit: Closed-form refit afterwards; none leaves it out.
+        scale: One number a layer that gives the routed output its size back; none leaves it out.
         model: Fingerprint of the model the plan was made for; empty in a plan written by hand.
         manifest: What made the plan; none for a plan written by hand.
     """
@@ -44,6 +52,7 @@ class CompressionPlan:
     merger: Merger = field(default_factory=Average)
     alignment: Alignment | None = None
     refit: Refit | None = None
+    scale: ScaleRepair | None = None
     model: str = ""
     manifest: Manifest | None = None
 
@@ -57,7 +66,7 @@ class CompressionPlan:
     @property
     def reads_tokens(self) -> bool:
         """Whether carrying it out reads calibration text."""
-        return self.refit is not None or self.router.needs_tokens
+        return self.refit is not None or self.scale is not None or self.router.needs_tokens
 
     @property
     def needs_sample(self) -> bool:

@@ -17,6 +17,7 @@ from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import RouterRepair, Slice
 from lightning_smoe.functional.router_rows import Map
 from lightning_smoe.functional.saliency import Reap, Saliency
+from lightning_smoe.functional.scale import ScaleRepair
 
 Assignment = Int64[Tensor, " experts"]
 
@@ -30,12 +31,14 @@ class Execution:
         merger: How the members of a slot become one expert.
         alignment: How the members' neurons are matched before they are merged; none leaves them.
         refit: Closed-form refit afterwards; none leaves it out.
+        scale: One number that gives the routed output its size back; none leaves it out.
     """
 
     router: RouterRepair = Slice()
     merger: Merger = Average()
     alignment: Alignment | None = None
     refit: Refit | None = None
+    scale: ScaleRepair | None = None
 
 
 class Recipe(ABC):
@@ -75,11 +78,14 @@ class Prune(Recipe):
         saliency: What a layer would miss of an expert.
         refit: Closed-form refit of the kept experts and the shared expert; null leaves it out.
         protect: Keep super experts, whatever their saliency.
+        scale: One number a layer that gives the routed output its size back, before any refit,
+            which includes it; null leaves it out.
     """
 
     saliency: Saliency = Reap()
     refit: Refit | None = Refit()
     protect: bool = True
+    scale: ScaleRepair | None = None
 
     def __call__(
         self, evidence: Evidence, num_groups: int, single: Bool[Tensor, " experts"]
@@ -95,7 +101,7 @@ class Prune(Recipe):
     @property
     def execution(self) -> Execution:
         """Rows are kept as they are, and nothing is merged."""
-        return Execution(refit=self.refit)
+        return Execution(refit=self.refit, scale=self.scale)
 
     @property
     def protects_super_experts(self) -> bool:
@@ -118,6 +124,7 @@ class Merge(Recipe):
         router: How the router's rows follow.
         refit: Closed-form refit of the merged experts and the shared expert; null leaves it out.
         protect: Keep super experts as they are, whatever their group would be.
+        scale: As of `Prune`.
     """
 
     groups: Grouper = PooledMatching()
@@ -127,6 +134,7 @@ class Merge(Recipe):
     router: RouterRepair = Map()
     refit: Refit | None = Refit()
     protect: bool = True
+    scale: ScaleRepair | None = None
 
     def __call__(
         self, evidence: Evidence, num_groups: int, single: Bool[Tensor, " experts"]
@@ -147,7 +155,7 @@ class Merge(Recipe):
     @property
     def execution(self) -> Execution:
         """As set."""
-        return Execution(self.router, self.merger, self.alignment, self.refit)
+        return Execution(self.router, self.merger, self.alignment, self.refit, self.scale)
 
     @property
     def protects_super_experts(self) -> bool:

@@ -161,6 +161,14 @@ def bias_output(layer: MoELayer, block: BlockRecord) -> Float[Tensor, "tokens hi
     return output
 
 
+def shared_output(layer: MoELayer, block: BlockRecord) -> Float[Tensor, "tokens hidden"]:
+    """The part of a block's output that comes from its shared expert; zero where it has none."""
+    if block.shared is None or layer.shared_expert is None:
+        return torch.zeros_like(block.output)
+    down_proj = layer.shared_expert[0]
+    return torch.nn.functional.linear(block.shared, down_proj.weight, down_proj.bias)
+
+
 def check_understood(
     layer: MoELayer, block: BlockRecord, features: Float[Tensor, "tokens features"]
 ) -> None:

@@ -76,7 +76,16 @@ def test_the_keys_of_a_plan_are_those_of_its_readme(tmp_path: Path) -> None:
     layers = (replace(layer_plan(pairs()), super_experts=(3,)), layer_plan(pairs()))
     CompressionPlan(layers, alignment=ByWeights()).save(tmp_path / "plan.json")
     stored = json.loads((tmp_path / "plan.json").read_text())
-    assert [*stored] == ["schema", "model", "router", "merger", "alignment", "refit", "layers"]
+    assert [*stored] == [
+        "schema",
+        "model",
+        "router",
+        "merger",
+        "alignment",
+        "refit",
+        "scale",
+        "layers",
+    ]
     assert [*stored["layers"][1]] == ["name", "num_experts", "groups", "dropped"]
     assert stored["layers"][0]["super_experts"] == [3]
     assert stored["alignment"] == {
