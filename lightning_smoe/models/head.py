@@ -1,0 +1,69 @@
+"""A causal language model in two halves: hidden states in front of its head, and their logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+
+def final_states(
+    model: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> Float[Tensor, "batch sequence hidden"]:
+    """Hidden states that the head reads, with gradients where they are on.
+
+    Args:
+        model: A causal language model, in any mode.
+        batch: Has `input_ids`, and `position_ids` where the documents of a window are isolated
+            from each other, else `attention_mask`.
+    """
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output[0])
+
+    key = "position_ids" if "position_ids" in batch else "attention_mask"
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], key: batch[key]}
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        # The whole model, not its base alone: sharding and offloading hang on this call.
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def logits_of(
+    model: PreTrainedModel, states: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens vocab"]:
+    """What the model's own head makes of final states, scaled and capped as its family does."""
+    # A second object of the same class that shares all but the base, so that nothing is changed.
+    shadow = object.__new__(type(model))
+    modules = {**model._modules, model.base_model_prefix: _Known(states)}
+    shadow.__dict__.update(model.__dict__, _modules=modules)
+    output: Any = type(model).forward(shadow, use_cache=False)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Trainable parameters that `logits_of` reads, an embedding that is tied to them included.
+
+    To be asked for in each step: sharding puts others in their place.
+    """
+    children = [m for n, m in model.named_children() if n != model.base_model_prefix]
+    found = {id(p): p for m in children for p in m.parameters() if p.requires_grad}
+    return list(found.values())
+
+
+class _Known(nn.Module):
+    """Stands in for the base of a model whose final states are known."""
+
+    def __init__(self, states: Float[Tensor, "tokens hidden"]) -> None:
+        super().__init__()
+        self._states = states
+
+    def forward(self, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self._states.unsqueeze(0))
