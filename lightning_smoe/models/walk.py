@@ -40,8 +40,10 @@ class WaitingBatch:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers that holds the mixture-of-experts blocks."""
-    path, _ = decoder_layer_of(find_moe_layers(model)[0].name)
-    layers = model.get_submodule(path)
+    # By name alone: adapters may be wrapped around what lies under it.
+    names = (name for name, _ in model.named_modules() if name.endswith(".experts"))
+    first = next(names, None) or find_moe_layers(model)[0].name
+    layers = model.get_submodule(decoder_layer_of(first)[0])
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{path} is not a list of layers")
     return layers
