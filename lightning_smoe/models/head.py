@@ -3,10 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from lightning_smoe.errors import InputError
+
+# Relative; far above the rounding of bfloat16 states, far below what two more tokens do to them.
+_UNCHANGED = 0.02
 
 
 def final_states(
@@ -56,6 +62,26 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     children = [m for n, m in model.named_children() if n != model.base_model_prefix]
     found = {id(p): p for m in children for p in m.parameters() if p.requires_grad}
     return list(found.values())
+
+
+@torch.no_grad()
+def check_isolates(model: PreTrainedModel) -> None:
+    """Checks that positions that start anew keep documents of a window from seeing each other.
+
+    Raises:
+        InputError: The family attends across them all the same (gpt-oss in transformers 5.23).
+    """
+    device = model.get_input_embeddings().weight.device
+    # The second document is the same in both windows, the first is not.
+    windows = torch.tensor([[3, 4, 7, 8], [5, 6, 7, 8]], device=device)
+    positions = torch.tensor([0, 1, 0, 1], device=device).expand_as(windows)
+    states = final_states(model, {"input_ids": windows, "position_ids": positions}).float()
+    first, second = states[:, 2:]
+    if (first - second).norm() > _UNCHANGED * first.norm():
+        raise InputError(
+            f"a {model.config.model_type} lets documents that are packed into one window see each "
+            "other; give each a window of its own"
+        )
 
 
 class _Known(nn.Module):

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from lightning_smoe.functional.divergence import kl_divergence, token_nll
+from lightning_smoe.functional.divergence import (
+    divergence,
+    jensen_shannon,
+    kl_divergence,
+    log_probabilities,
+    mixture,
+    token_nll,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEACHER = torch.randn(2, 3, 7, generator=GENERATOR)
@@ -75,3 +82,36 @@ def test_nll_takes_any_number_of_axes() -> None:
 
 def test_nll_of_padding_is_zero() -> None:
     assert token_nll(TEACHER[0], torch.tensor([1, -100, 2]))[1] == 0
+
+
+def test_double_precision_stays_and_half_precision_does_not() -> None:
+    assert log_probabilities(TEACHER.double(), 2.0).dtype == torch.float64
+    assert log_probabilities(TEACHER.half()).dtype == torch.float32
+    assert torch.equal(log_probabilities(TEACHER, 2.0), (TEACHER / 2).log_softmax(-1))
+
+
+def test_a_mixture_has_a_share_of_each_side() -> None:
+    p, q = TEACHER.log_softmax(-1), STUDENT.log_softmax(-1)
+    torch.testing.assert_close(mixture(p, q, 0.3).exp(), 0.3 * p.exp() + 0.7 * q.exp())
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jensen_shannon_is_the_sum_over_classes(beta: float) -> None:
+    p, q = TEACHER.softmax(-1), STUDENT.softmax(-1)
+    found = jensen_shannon(p.log(), q.log(), beta)
+    for row in range(2):
+        for column in range(3):
+            total = 0.0
+            for a, b in zip(p[row, column].tolist(), q[row, column].tolist(), strict=True):
+                m = beta * a + (1 - beta) * b
+                total += beta * a * math.log(a / m) + (1 - beta) * b * math.log(b / m)
+            assert float(found[row, column]) == pytest.approx(total, rel=1e-4)
+
+
+def test_jensen_shannon_near_either_end_is_a_kl() -> None:
+    p, q = TEACHER.double().log_softmax(-1), STUDENT.double().log_softmax(-1)
+    share = 1e-6
+    low = jensen_shannon(p, q, share) / share
+    torch.testing.assert_close(low, divergence(p, q), rtol=1e-4, atol=1e-4)
+    high = jensen_shannon(p, q, 1 - share) / share
+    torch.testing.assert_close(high, divergence(q, p), rtol=1e-4, atol=1e-4)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_smoe.models.head import final_states, head_parameters, logits_of
+from lightning_smoe.errors import InputError
+from lightning_smoe.models.head import check_isolates, final_states, head_parameters, logits_of
 from tests.families import build
 
 
@@ -39,9 +40,14 @@ def test_both_halves_give_the_logits_of_the_whole(
 
 
 @torch.no_grad()
-def test_documents_of_a_window_do_not_see_each_other(
-    tiny_moe: PreTrainedModel, tokens: Tensor
+def test_documents_of_a_window_do_not_see_each_other_or_are_refused(
+    family: str, tiny_moe: PreTrainedModel, tokens: Tensor
 ) -> None:
+    if family == "gpt_oss":
+        with pytest.raises(InputError, match=r"a gpt_oss lets documents .* see each other; give"):
+            check_isolates(tiny_moe)
+        return
+    check_isolates(tiny_moe)
     found = from_halves(tiny_moe, isolated(tokens))
     for piece in (slice(0, 7), slice(7, 16)):
         alone = tiny_moe(tokens[:, piece], use_cache=False).logits
