@@ -55,7 +55,8 @@ def chunked(
     """
     needed = [tensor for tensor in (states, *parameters) if tensor.requires_grad]
     if torch.is_grad_enabled() and needed:
-        total, sums = _Chunked.apply(loss, chunk_size, states, *parameters)
+        apply: Any = _Chunked.apply
+        total, sums = apply(loss, chunk_size, states, *parameters)
         return total, sums
     totals = [loss(states[rows], rows) for rows in chunks(len(states), chunk_size)]
     return _summed(totals)

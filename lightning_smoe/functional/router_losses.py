@@ -7,13 +7,19 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from lightning_smoe.functional.routing import Score
 
+# One unit in the last place of bfloat16, to which routing weights may have been rounded.
+_TOLERANCE = 2.0**-8
+
 
 def router_score(
     logits: Float[Tensor, "tokens rows"],
     selected: Int[Tensor, "tokens top_k"],
     weights: Float[Tensor, "tokens top_k"],
 ) -> Score:
-    """Finds what makes a logit a weight, from what a router did; softmax where both fit.
+    """Finds what makes a logit a weight, from what a router did.
+
+    It is the sigmoid where that alone gives the weights; a rule of its own (Phi-3.5-MoE, whose
+    weights are softmaxes over logits near the largest) counts as softmax.
 
     Args:
         logits: The router's raw scores.
@@ -25,7 +31,8 @@ def router_score(
     found = found / found.sum(1, keepdim=True)
     sigmoid = chosen.sigmoid() / chosen.sigmoid().sum(1, keepdim=True)
     errors = [(found - wanted).norm() for wanted in (chosen.softmax(1), sigmoid)]
-    return "sigmoid" if bool(errors[1] < errors[0]) else "softmax"
+    is_sigmoid = errors[1] < torch.minimum(errors[0], _TOLERANCE * found.norm())
+    return "sigmoid" if bool(is_sigmoid) else "softmax"
 
 
 def router_log_probs(

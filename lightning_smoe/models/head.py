@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lightning_smoe.errors import InputError
+from lightning_smoe.models.expert_count import text_config
 
 # Relative; far above the rounding of bfloat16 states, far below what two more tokens do to them.
 _UNCHANGED = 0.02
@@ -64,6 +65,11 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """Tokens that the head tells apart."""
+    return int(text_config(model.config).vocab_size)
+
+
 @torch.no_grad()
 def check_isolates(model: PreTrainedModel) -> None:
     """Checks that positions that start anew keep documents of a window from seeing each other.
@@ -71,7 +77,7 @@ def check_isolates(model: PreTrainedModel) -> None:
     Raises:
         InputError: The family attends across them all the same (gpt-oss in transformers 5.23).
     """
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     # The second document is the same in both windows, the first is not.
     windows = torch.tensor([[3, 4, 7, 8], [5, 6, 7, 8]], device=device)
     positions = torch.tensor([0, 1, 0, 1], device=device).expand_as(windows)

@@ -27,14 +27,15 @@ def check_positive(**values: float | int) -> None:
     """
     wrong = {name: value for name, value in values.items() if not 0 < value < math.inf}
     if wrong:
-        names = " and ".join(values)
-        raise ValueError(f"{names} must be above 0, and there is {wrong}")
+        raise ValueError(f"{' and '.join(values)} must be above 0, and there is {wrong}")
 
 
 class TokenObjective(ABC):
     """A loss on next-token distributions; subclasses are frozen dataclasses with a `weight`."""
 
     weight: float
+    # What both models' logits are divided by; a field of those that have a choice.
+    temperature: float = 1.0
 
     @property
     def name(self) -> str:
@@ -126,7 +127,7 @@ class ForwardKL(TokenObjective):
 class ReverseKL(TokenObjective):
     """KL(student || teacher), times the squared temperature (https://arxiv.org/abs/2306.08543).
 
-    It looks for the teacher's modes, and makes a student surer than its teacher.
+    It makes a student surer than its teacher.
 
     Args:
         weight: Factor in the sum of objectives, above 0.
@@ -153,8 +154,8 @@ class ReverseKL(TokenObjective):
 class JensenShannon(TokenObjective):
     """Generalised Jensen-Shannon divergence of GKD (https://arxiv.org/abs/2306.13649).
 
-    `beta * KL(p || m) + (1 - beta) * KL(q || m)` with `m = beta * p + (1 - beta) * q`, p the
-    teacher's and q the student's distribution; times the squared temperature.
+    `beta * KL(p || m) + (1 - beta) * KL(q || m)`, `m = beta * p + (1 - beta) * q`, with the
+    teacher's p and the student's q; times the squared temperature.
 
     Args:
         weight: Factor in the sum of objectives, above 0.

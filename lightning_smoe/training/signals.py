@@ -71,7 +71,8 @@ class LayerRecorder:
         self, model: nn.Module, layers: Sequence[MoELayer], wanted: Collection[Signal]
     ) -> None:
         self._wanted = frozenset(wanted)
-        self._decoder_layers = list(model.get_submodule(decoder_layer_of(layers[0].name)[0]))
+        stack = model.get_submodule(decoder_layer_of(layers[0].name)[0])
+        self._decoder_layers = list(stack.children())
         self._moe_layers = {layer.index: layer for layer in layers}
         # Read now: where LoRA wraps experts, looking at a weight within a pass would compute it.
         self._facts = {i: LayerFacts(i) for i in range(len(self._decoder_layers))} | {
@@ -79,6 +80,11 @@ class LayerRecorder:
             for layer in layers
         }
         self._scores: dict[int, Score] = {}
+
+    def available(self, signals: Collection[Signal]) -> dict[int, str]:
+        """Numbers and names of the decoder layers that have some signals."""
+        only_moe = not set(signals) <= {"hidden"}
+        return {i: _name(facts) for i, facts in self._facts.items() if facts.moe or not only_moe}
 
     @contextmanager
     def recording(
@@ -93,19 +99,24 @@ class LayerRecorder:
             counted: Positions whose signals are wanted.
         """
         signals: dict[str, LayerSignals] = {}
+        if not self._wanted:
+            yield signals
+            return
+        # Before the pass: finding them waits for the device.
+        positions = flat_positions(counted)
         seen: dict[int, dict[str, Tensor]] = {index: {} for index in self._facts}
         with ExitStack() as stack:
-            for index, module in enumerate(self._decoder_layers if self._wanted else ()):
+            for index, module in enumerate(self._decoder_layers):
                 for hook in self._hooks(index, module, seen[index]):
                     stack.callback(hook.remove)
             yield signals
-        positions = flat_positions(counted)
         for index, raw in seen.items():
             recorded = self._recorded(index, raw, positions)
             if recorded:
                 facts = self._facts[index]
-                name = facts.moe or f"decoder layer {index}"
-                signals[name] = LayerSignals(facts, recorded, self._scores.get(index, "softmax"))
+                signals[_name(facts)] = LayerSignals(
+                    facts, recorded, self._scores.get(index, "softmax")
+                )
 
     def _hooks(self, index: int, module: nn.Module, seen: dict[str, Tensor]) -> list[Any]:
         """Hooks that keep what passes, as it is: nothing is computed within the pass."""
@@ -157,6 +168,10 @@ class LayerRecorder:
             counts = torch.zeros(facts.num_experts, dtype=torch.int64, device=rows.device)
             recorded["expert_counts"] = counts.scatter_add_(0, experts, torch.ones_like(experts))
         return recorded
+
+
+def _name(facts: LayerFacts) -> str:
+    return facts.moe or f"decoder layer {facts.index}"
 
 
 def _map_of(layer: MoELayer) -> Int[Tensor, " rows"] | None:
