@@ -69,9 +69,9 @@ def check_trainable(trainable: Trainable, is_needed: bool = True) -> None:
                 f"trainable names {name}, which is none of {', '.join(PARTS)} and no regular "
                 f"expression either: {error}"
             ) from error
-    rates = trainable.values() if isinstance(trainable, Mapping) else ()
-    if not all(rate > 0 for rate in rates):
-        raise ValueError(f"trainable={dict(trainable)}: learning rates must be above 0")  # type: ignore[call-overload] # a mapping here
+    rates = dict(trainable) if isinstance(trainable, Mapping) else {}
+    if not all(rate > 0 for rate in rates.values()):
+        raise ValueError(f"trainable={rates}: learning rates must be above 0")
 
 
 def find_trained(
