@@ -1,0 +1,93 @@
+"""Spreading the weights of one model over several devices (FSDP2)."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightning_smoe.errors import InputError
+from lightning_smoe.models.layer import decoder_layer_of
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leaves each process a slice of every parameter, on its own device; in place.
+
+    A decoder layer is whole only while it runs. What lies outside the layers (embeddings, final
+    norm, head) is whole from a forward pass to the end of its backward pass, so that the head can
+    be applied by itself in between. Gradients are means over the processes.
+
+    The first call of the model has to be a whole one, and a loss has to depend on the states of the
+    last layer, if only with weight zero: their gradient makes a layer whole for its backward pass.
+
+    On a model that is sharded already, it takes back what a forward pass without a backward pass
+    left whole. From then on parameters are the slices, which an optimizer has to hold.
+
+    Args:
+        model: The model, with adapters or without; what is to be trained is decided, and trainable
+            parameters are of one type.
+        mesh: The processes that share the model, along one axis.
+
+    Raises:
+        InputError: Parameters are trained, but none of a decoder layer.
+    """
+    if not is_sharded(model):
+        layers = _decoder_layers(model)
+        _refuse_head_alone(model, layers)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only a slice of every parameter."""
+    return isinstance(model, FSDPModule)
+
+
+@torch.no_grad()
+def gathered_state(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Whole parameters in the main memory of the first process, nothing on the others.
+
+    To be called on all processes; one parameter at a time is on the devices.
+
+    Args:
+        model: A model, sharded or not, between two steps.
+        names: Parameters that are wanted.
+    """
+    parameters = dict(model.named_parameters())
+    state: dict[str, Tensor] = {}
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for name in names:
+        whole: Any = parameters[name]
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if is_first:
+            # A copy: on the CPU a tensor that never was in slices is the parameter itself.
+            state[name] = whole.detach().to("cpu", copy=True)
+    return state
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    # By names alone: adapters (LoRA) may wrap what a layer holds.
+    blocks = (name for name, m in model.named_modules() if "experts" in dict(m.named_children()))
+    path, _ = decoder_layer_of(next(blocks))
+    layers = model.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError(f"{path} is not a list of layers")
+    return layers
+
+
+def _refuse_head_alone(model: nn.Module, layers: nn.ModuleList) -> None:
+    # Gradients are summed once those towards the output of some layer are there.
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if trained and not any(p.requires_grad for p in layers.parameters()):
+        raise InputError(
+            f"{trained[0]} would be trained, but nothing of a decoder layer, which a model in "
+            "slices does not do; train something of a layer too, or use ddp or one device"
+        )
