@@ -1,4 +1,4 @@
-"""Documents as windows of tokens: packed or padded, chosen by a budget, interleaved by domain."""
+"""Documents as windows of tokens, packed or padded."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from jaxtyping import Int64
-from torch import Generator, Tensor
+from jaxtyping import Bool, Int64
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_smoe.errors import InputError
 
-# Documents tokenised in one call: bounds the memory that the tokenizer's own records take.
 # Without any of them transformers 5 builds an empty tokenizer instead of failing.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Documents tokenised in one call: bounds the memory that the tokenizer's own records take.
 DOCUMENTS_PER_CALL = 512
 
 
@@ -29,6 +29,9 @@ class TokenWindows:
         document: Number of the document of each token, counted through a split; -1 for padding.
         domain: Index of each window's domain in `domain_names`.
         domain_names: Names of the domains, sorted.
+        is_answer: Whether a token is to be learned; none where every token is.
+        position_ids: Position of each token in its document, starting anew at padding too; none
+            where the documents of a window see each other.
     """
 
     input_ids: Int64[Tensor, "batch sequence"]
@@ -36,6 +39,8 @@ class TokenWindows:
     document: Int64[Tensor, "batch sequence"]
     domain: Int64[Tensor, " batch"]
     domain_names: tuple[str, ...]
+    is_answer: Bool[Tensor, "batch sequence"] | None = None
+    position_ids: Int64[Tensor, "batch sequence"] | None = None
 
     def __len__(self) -> int:
         """Counts the windows."""
@@ -46,14 +51,19 @@ class TokenWindows:
         """Tokens in all windows, padding left out."""
         return int(self.attention_mask.sum())
 
+    @property
+    def isolated(self) -> bool:
+        """Whether the documents of a window must not see each other."""
+        return self.position_ids is not None
+
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors by name, windows on their first axis."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        """Returns the tensors of a batch by name, windows on their first axis."""
+        every = {"is_answer": self.attention_mask.bool()} if self.is_answer is None else {}
+        return self._stored() | every
 
     def select(self, rows: Int64[Tensor, " batch"]) -> "TokenWindows":
         """Takes the named windows, in that order."""
-        taken = {name: tensor[rows] for name, tensor in self.tensors().items()}
+        taken = {name: tensor[rows] for name, tensor in self._stored().items()}
         return TokenWindows(domain_names=self.domain_names, **taken)
 
     def describe(self) -> str:
@@ -64,11 +74,22 @@ class TokenWindows:
         return f"{self.num_tokens} tokens in {num_windows} x {length} ({', '.join(domains)})"
 
     def fingerprint(self) -> str:
-        """SHA-256 over the token ids, the mask, and the domains' ids and names, in this order."""
+        """SHA-256 over the token ids, the mask, and the domains' ids and names, in this order.
+
+        Then over `is_answer` and `position_ids`, where there are any: text without them keeps
+        the fingerprint that it had before there were rows.
+        """
         digest = hashlib.sha256(repr((self.input_ids.shape, self.domain_names)).encode())
         for tensor in (self.input_ids, self.attention_mask, self.domain):
             digest.update(tensor.contiguous().numpy().astype("<i8").tobytes())
+        for name in ("is_answer", "position_ids"):
+            if (found := getattr(self, name)) is not None:
+                digest.update(name.encode() + found.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def _stored(self) -> dict[str, Tensor]:
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -143,11 +164,10 @@ def pack(
         tokens = [torch.cat([ids, end]) for ids in tokens[:-1]] + tokens[-1:]
     document = torch.cat([torch.full_like(ids, n) for ids, n in zip(tokens, numbers, strict=True)])
     num_windows = max(1, len(document) // sequence_length)
-    return _stack(
-        torch.cat(tokens).split(sequence_length)[:num_windows],
-        document.split(sequence_length)[:num_windows],
-        _blank(num_windows, sequence_length, tokenizer, domain),
-    )
+    windows = blank_windows(num_windows, sequence_length, tokenizer, domain)
+    for row, ids in enumerate(torch.cat(tokens).split(sequence_length)[:num_windows]):
+        place(windows, row, 0, ids=ids, document=document[row * sequence_length :][: len(ids)])
+    return windows
 
 
 def pad(
@@ -171,55 +191,23 @@ def pad(
         InputError: The texts give no token.
     """
     tokens, numbers = _number(documents, tokenizer, domain, first_document)
-    tokens = [ids[:sequence_length] for ids in tokens]
-    document = [torch.full_like(ids, n) for ids, n in zip(tokens, numbers, strict=True)]
-    return _stack(tokens, document, _blank(len(tokens), sequence_length, tokenizer, domain))
+    windows = blank_windows(len(tokens), sequence_length, tokenizer, domain)
+    for row, (ids, number) in enumerate(zip(tokens, numbers, strict=True)):
+        place(windows, row, 0, ids=ids[:sequence_length], document=number)
+    return windows
 
 
-def choose(windows: TokenWindows, max_tokens: int | None, generator: Generator) -> TokenWindows:
-    """Draws windows in random order, as many as fit in a budget; a smaller budget takes a prefix.
-
-    Args:
-        windows: Windows of one domain.
-        max_tokens: Budget in tokens, padding not counted; at least one window is taken. None
-            takes all.
-        generator: Source of the order.
-    """
-    order = torch.randperm(len(windows), generator=generator)
-    if max_tokens is not None:
-        spent = windows.attention_mask.sum(1)[order].cumsum(0)
-        order = order[: max(1, int((spent <= max_tokens).sum()))]
-    return windows.select(order)
-
-
-def interleave(parts: Sequence[TokenWindows]) -> TokenWindows:
-    """Deals the windows of several domains in turn, so that each prefix is balanced.
-
-    Args:
-        parts: Windows of one domain each, all of one length; one that runs out is passed over.
-    """
-    names = ("input_ids", "attention_mask", "document")
-    joined = TokenWindows(
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
-        domain=torch.cat([torch.full_like(part.domain, i) for i, part in enumerate(parts)]),
-        domain_names=tuple(name for part in parts for name in part.domain_names),
-    )
-    turn = torch.cat([torch.arange(len(part)) for part in parts])
-    return joined.select(torch.argsort(turn, stable=True))
-
-
-def _number(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, domain: str, first: int
-) -> tuple[list[Tensor], list[int]]:
-    numbered = [(ids, n) for n, ids in enumerate(tokenize(documents, tokenizer), first) if len(ids)]
-    if not numbered:
-        raise InputError(f"the text of domain {domain!r} gives no token -> add text")
-    return [ids for ids, _ in numbered], [n for _, n in numbered]
-
-
-def _blank(
+def blank_windows(
     num_windows: int, sequence_length: int, tokenizer: PreTrainedTokenizerBase, domain: str
 ) -> TokenWindows:
+    """Windows of padding, to be filled by `place`.
+
+    Args:
+        num_windows: How many.
+        sequence_length: Tokens a window.
+        tokenizer: Gives the padding token.
+        domain: Name of the domain.
+    """
     known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None]
     shape = (num_windows, sequence_length)
     return TokenWindows(
@@ -231,11 +219,33 @@ def _blank(
     )
 
 
-def _stack(
-    tokens: Sequence[Tensor], documents: Sequence[Tensor], windows: TokenWindows
-) -> TokenWindows:
-    for row, (ids, numbers) in enumerate(zip(tokens, documents, strict=True)):
-        windows.input_ids[row, : len(ids)] = ids
-        windows.attention_mask[row, : len(ids)] = 1
-        windows.document[row, : len(ids)] = numbers
-    return windows
+def place(
+    windows: TokenWindows,
+    row: int,
+    start: int,
+    *,
+    ids: Int64[Tensor, " tokens"],
+    document: Int64[Tensor, " tokens"] | int,
+) -> None:
+    """Writes tokens into a window.
+
+    Args:
+        windows: Where to.
+        row: Which window.
+        start: Position of the first token.
+        ids: The tokens, which fit.
+        document: Number of the document of each, or of all.
+    """
+    stretch = slice(start, start + len(ids))
+    windows.input_ids[row, stretch] = ids
+    windows.attention_mask[row, stretch] = 1
+    windows.document[row, stretch] = document
+
+
+def _number(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, domain: str, first: int
+) -> tuple[list[Tensor], list[int]]:
+    numbered = [(ids, n) for n, ids in enumerate(tokenize(documents, tokenizer), first) if len(ids)]
+    if not numbered:
+        raise InputError(f"the text of domain {domain!r} gives no token -> add text")
+    return [ids for ids, _ in numbered], [n for _, n in numbered]

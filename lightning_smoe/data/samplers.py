@@ -1,6 +1,5 @@
 """Which windows each process sees, in which order, and how a loader goes on where it stopped."""
 
-import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -9,19 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_smoe.data.choice import keyed_generator
+from lightning_smoe.data.mixing import Mixture
 from lightning_smoe.data.packing import TokenWindows
 from lightning_smoe.errors import InputError
 
 
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A generator seeded by all parts of a key, so that neighbouring keys share nothing."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    # Seven bytes: torch takes seeds of 64 bits, signed or not depending on the call.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """Windows one by one, each with a flag that says whether it counts.
+    """Windows one by one, each with its number and a flag that says whether it counts.
 
     Args:
         windows: Windows of a split.
@@ -35,10 +29,10 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         return len(self.tensors["domain"])
 
     def __getitem__(self, item: int | tuple[int, bool]) -> dict[str, Tensor]:
-        """Returns the tensors of one window, and `valid`: false where it only fills up."""
+        """Returns the tensors of a window, `window`, its index, and `valid`, whether it counts."""
         index, is_real = item if isinstance(item, tuple) else (item, True)
         window = {name: tensor[index] for name, tensor in self.tensors.items()}
-        return window | {"valid": torch.tensor(is_real)}
+        return window | {"window": torch.tensor(index), "valid": torch.tensor(is_real)}
 
 
 class PaddedSampler(DistributedSampler[tuple[int, bool]]):
@@ -68,25 +62,43 @@ class EpochSampler(DistributedSampler[int]):
     """Every sample once an epoch, in an order that depends on seed and epoch only.
 
     Differs from torch's sampler in that the orders of seed 42 are not those of seed 43 one epoch
-    later. What does not divide evenly among the processes is dropped, another part each epoch.
+    later, and in that an epoch is a whole number of optimizer steps: none spans two epochs, so a
+    checkpoint after a step is a whole state. What is left over is dropped, another part each epoch.
 
     Args:
-        dataset: Samples to go through, at least `num_replicas`.
+        dataset: Samples to go through, at least `num_replicas * samples_a_step`.
         num_replicas: Processes that share the samples, at least 1.
         rank: Number of this process, from 0.
         seed: Seed of the order.
+        samples_a_step: Samples that a process takes in one optimizer step, at least 1.
+        mixture: Draws the samples of an epoch; none takes each once.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 42
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int = 1,
+        rank: int = 0,
+        *,
+        seed: int = 42,
+        samples_a_step: int = 1,
+        mixture: Mixture | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
         self.num_real = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no len
+        self.num_samples = self.num_real // (num_replicas * samples_a_step) * samples_a_step
+        self.total_size = self.num_samples * num_replicas
+        self.mixture = mixture
 
     def __iter__(self) -> Iterator[int]:
         """Goes through the samples of this process in this epoch."""
-        order = torch.randperm(self.num_real, generator=keyed_generator(self.seed, self.epoch))
-        return iter(order[self.rank : self.total_size : self.num_replicas].tolist())
+        order = keyed_generator(self.seed, self.epoch)
+        if self.mixture is None:
+            drawn = torch.randperm(self.num_real, generator=order)
+        else:
+            drawn = self.mixture.draw(self.epoch, self.total_size, self.seed)
+            drawn = drawn[torch.randperm(len(drawn), generator=order)]
+        return iter(drawn[self.rank : self.total_size : self.num_replicas].tolist())
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):

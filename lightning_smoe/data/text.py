@@ -11,21 +11,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_smoe.data.packing import TokenWindows, choose, interleave, load_tokenizer, pack, pad
-from lightning_smoe.data.samplers import (
-    EpochSampler,
-    PaddedSampler,
-    ResumableLoader,
-    WindowDataset,
-    keyed_generator,
-)
-from lightning_smoe.data.sources import Source, find_sources, read_documents, select_domains
+from lightning_smoe.data.epochs import Epochs
+from lightning_smoe.data.mixing import check_weights
+from lightning_smoe.data.packing import TokenWindows, load_tokenizer
+from lightning_smoe.data.rows import Format
+from lightning_smoe.data.samplers import PaddedSampler, WindowDataset
+from lightning_smoe.data.splits import SPLITS, SplitTexts
+from lightning_smoe.data.windowing import Windowing, check_sizes
 from lightning_smoe.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-CORPUS = Path(__file__).parent / "corpus"
-SPLITS = ("train", "calib", "valid", "test")
 STAGES = {
     "fit": ("train", "valid"),
     "validate": ("valid",),
@@ -37,9 +33,12 @@ STAGES = {
 class TextDataModule(LightningDataModule):
     """Text of several domains as batches of tokens.
 
-    A batch is a dictionary: `input_ids`, `attention_mask` and `document` (batch, sequence);
-    `domain` (batch), the index of each sequence's domain in `domains_of(split)`; `valid` (batch),
-    false for a sequence that is repeated only so that all processes have equally many.
+    A batch is a dictionary: `input_ids`, `attention_mask`, `document` and `is_answer`, true for a
+    token to be learned (batch, sequence); `window` (batch), the index of each sequence in
+    `windows(split)`; `domain` (batch), that of its domain in `domains_of(split)`; `valid` (batch),
+    false for a sequence that is repeated only so that all processes have equally many. Where rows
+    are packed also `position_ids` (batch, sequence), which start anew with each row: a model
+    must then not be given `attention_mask`, and keeps the rows apart by itself.
 
     Domain ids count within a split, whose names are sorted: splits with the same domains agree.
     Every process tokenises the whole text of a split and keeps the windows asked for.
@@ -48,6 +47,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: Folder with the tokenizer; on the command line, that of the model.
         path: Folder with sub-folders train, calib, valid and test of one file a domain (.txt,
             .jsonl, .parquet) or one sub-folder a domain; null takes the shipped corpus.
+            Splits that a verb uses must not share documents of 200 characters or more.
         train: Where the training text comes from instead: a folder, a file, or
             hf://NAME[:CONFIG][@SPLIT]; null takes it from `path`.
         calib: The same for the calibration text.
@@ -55,6 +55,11 @@ class TextDataModule(LightningDataModule):
         test: The same for the text of the final report.
         domains: Names of the domains to use; null uses all.
         text_field: Field with the text in rows of .jsonl, .parquet and the Hub.
+        format: What rows are: text, in `text_field`; rows of prompt and completion, of input and
+            output, or of messages; auto tells them by their fields.
+        answers_only: Whether only the answers of rows are learned; otherwise every token is.
+        domain_weights: Weight of each domain in an epoch of training, 0 or more; null takes every
+            sequence once.
         sequence_length: Tokens a sequence, 2 or more.
         calib_tokens: Tokens of calibration text, shared evenly among the domains in whole
             sequences, at least one each; null takes all.
@@ -62,8 +67,8 @@ class TextDataModule(LightningDataModule):
         test_tokens: The same for the text of the final report.
         train_tokens: The same for the training text.
         batch_size: Sequences a process takes at a step, 1 or more.
-        pack: Whether to join documents and cut them into full sequences; otherwise each document
-            is one sequence, truncated or padded.
+        pack: Whether to join documents and cut them into full sequences, and to place several rows
+            of prompts in one; otherwise each document is one sequence, truncated or padded.
         num_workers: Processes that load batches beside each training process, 0 or more; 0 is fast,
             since all tokens are in memory.
         seed: Seed of the choice and the order of sequences.
@@ -80,6 +85,9 @@ class TextDataModule(LightningDataModule):
         test: str | None = None,
         domains: list[str] | None = None,
         text_field: str = "text",
+        format: Format = "auto",  # noqa: A002 - the plainest name on the command line
+        answers_only: bool = True,
+        domain_weights: dict[str, float] | None = None,
         sequence_length: int = 256,
         calib_tokens: int | None = 40960,
         valid_tokens: int | None = 8192,
@@ -92,10 +100,15 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.path = path
-        self.locations = {"train": train, "calib": calib, "valid": valid, "test": test}
-        self.domains = domains
-        self.text_field = text_field
+        self._texts = SplitTexts(
+            {"train": train, "calib": calib, "valid": valid, "test": test},
+            path=path,
+            domains=domains,
+            text_field=text_field,
+            form=format,
+        )
+        self.answers_only = answers_only
+        self.domain_weights = domain_weights
         self.sequence_length = sequence_length
         budgets = (train_tokens, calib_tokens, valid_tokens, test_tokens)
         self.budgets = dict(zip(SPLITS, budgets, strict=True))
@@ -104,7 +117,6 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._documents: dict[str, dict[str, list[str]]] = {}
         self._windows: dict[str, TokenWindows] = {}
 
     def check(self, splits: Sequence[str]) -> None:
@@ -114,26 +126,24 @@ class TextDataModule(LightningDataModule):
             splits: Splits that will be used, of train, calib, valid, test.
 
         Raises:
-            InputError: A size, path, domain, tokenizer or file cannot be used.
+            InputError: A size, path, domain, tokenizer or file cannot be used, or the splits share
+                text.
         """
-        self._check_sizes(splits)
-        self._load_tokenizer()
-        for split in splits:
-            if split not in self._windows and split not in self._documents:
-                self._documents[split] = {
-                    domain: [d for s in sources for d in read_documents(s, self.text_field)]
-                    for domain, sources in self._sources(split).items()
-                }
+        sizes = {n: getattr(self, n) for n in ("sequence_length", "batch_size", "num_workers")}
+        check_sizes(sizes, {split: self.budgets.get(split) for split in splits})
+        self._texts.check(splits, self._load_tokenizer())
+        if "train" in splits and self.domain_weights is not None:
+            check_weights(self.domain_weights, self.domains_of("train"))
 
     def reseeded(self, seed: int) -> "TextDataModule":
         """The same text, of which another seed chooses and orders the sequences."""
         other = copy(self)
-        other.seed, other._documents, other._windows = seed, {}, {}
+        other.seed, other._windows = seed, {}
         return other
 
     def domains_of(self, split: str) -> tuple[str, ...]:
         """Names of the domains of a split, sorted; a batch's `domain` is an index into them."""
-        return tuple(self._sources(split))
+        return tuple(self._texts.sources(split))
 
     def windows(self, split: str) -> TokenWindows:
         """Windows of a split in balanced order, tokenised at the first call.
@@ -146,8 +156,13 @@ class TextDataModule(LightningDataModule):
         """
         if split not in self._windows:
             self.check((split,))
-            windows = self._tokenize(split)
-            del self._documents[split]
+            windows = Windowing(
+                self._load_tokenizer(),
+                self.sequence_length,
+                pack=self.pack,
+                answers_only=self.answers_only,
+                seed=self.seed,
+            ).windows_of(self._texts.take(split), self.budgets[split])
             logger.info("%s: %s", split, windows.describe())
             self._windows[split] = windows
         return self._windows[split]
@@ -163,31 +178,32 @@ class TextDataModule(LightningDataModule):
             if not watches or self.trainer is None or self.trainer.enable_validation:
                 self.windows(split)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Loads the training text, shuffled each epoch; the last, partial batch is dropped."""
-        replicas = self._replicas()
-        self.check_fills_a_step(replicas["num_replicas"])
-        dataset = WindowDataset(self.windows("train"))
-        return ResumableLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(dataset, **replicas, seed=self.seed),
-            num_workers=self.num_workers,
-            drop_last=True,
-        )
+    @property
+    def order(self) -> int | dict[str, Any]:
+        """What decides the order of the training text, beside the text itself."""
+        if self.domain_weights is None:
+            return self.seed
+        return {"seed": self.seed, "domain_weights": self.domain_weights}
 
-    def check_fills_a_step(self, num_processes: int) -> None:
-        """Checks that the training text has a sequence for each place of one step.
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Loads the training text, shuffled each epoch, in whole optimizer steps."""
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self._epochs().loader(self._replicas(), accumulated, self.num_workers)
+
+    def check_fills_a_step(self, num_processes: int, num_accumulated: int = 1) -> None:
+        """Checks that an epoch of training has a sequence for each place of one optimizer step.
+
+        Args:
+            num_processes: Processes that share the text.
+            num_accumulated: Batches whose gradients make one step.
 
         Raises:
-            InputError: It has fewer.
+            InputError: It has fewer, or none of a domain that has a weight.
         """
-        found, needed = len(self.windows("train")), self.batch_size * num_processes
-        if found < needed:
-            raise InputError(
-                f"the train split gives {found} sequences but one step takes {needed} -> give "
-                f"more text or a larger data.train_tokens, or a smaller data.batch_size"
-            )
+        self._epochs().check(num_processes, num_accumulated)
+
+    def _epochs(self) -> Epochs:
+        return Epochs(self.windows("train"), self.domain_weights, self.batch_size, self.seed)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Loads the text that watches training, in fixed order."""
@@ -212,52 +228,9 @@ class TextDataModule(LightningDataModule):
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return kwargs or {"num_replicas": 1, "rank": 0}
 
-    def _tokenize(self, split: str) -> TokenWindows:
-        documents, budget = self._documents[split], self.budgets[split]
-        share = None if budget is None else budget // len(documents)
-        tokenizer, make_windows = self._load_tokenizer(), pack if self.pack else pad
-        parts, first = [], 0
-        for domain, texts in documents.items():
-            windows = make_windows(
-                texts, tokenizer, self.sequence_length, domain=domain, first_document=first
-            )
-            parts.append(choose(windows, share, keyed_generator(self.seed, domain)))
-            first += len(texts)
-        return interleave(parts)
-
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
             if self.tokenizer is None:
                 raise InputError("data.tokenizer is not set -> name the folder of a tokenizer")
             self._tokenizer = load_tokenizer(Path(self.tokenizer).expanduser())
         return self._tokenizer
-
-    def _sources(self, split: str) -> dict[str, list[Source]]:
-        if split not in SPLITS:
-            raise InputError(f"there is no split {split!r} -> use one of {', '.join(SPLITS)}")
-        location = self.locations[split] or self._folder(split)
-        return select_domains(find_sources(location, split), self.domains, split)
-
-    def _folder(self, split: str) -> Path:
-        root = CORPUS if self.path is None else Path(self.path).expanduser()
-        if not root.is_dir():
-            raise InputError(f"data.path={root}: no such folder -> name one that exists")
-        if not (root / split).is_dir():
-            raise InputError(
-                f"data.path={root}: has no sub-folder {split!r} "
-                f"-> add it, or name the {split} text by data.{split}"
-            )
-        return root / split
-
-    def _check_sizes(self, splits: Sequence[str]) -> None:
-        smallest = {"sequence_length": 2, "batch_size": 1, "num_workers": 0}
-        for name, least in smallest.items():
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"data.{name}={value} is too small -> set it to {least} or more")
-        for split in splits:
-            budget = self.budgets.get(split)
-            if budget is not None and budget < self.sequence_length:
-                raise InputError(
-                    f"data.{split}_tokens={budget} is less than one sequence of "
-                    f"data.sequence_length={self.sequence_length} -> raise it or shorten sequences"
-                )

@@ -8,15 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_smoe.data import packing
-from lightning_smoe.data.packing import (
-    TokenWindows,
-    choose,
-    interleave,
-    load_tokenizer,
-    pack,
-    pad,
-    tokenize,
-)
+from lightning_smoe.data.packing import TokenWindows, load_tokenizer, pack, pad, tokenize
 from lightning_smoe.errors import InputError
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
@@ -119,33 +111,6 @@ def numbered(domain: str, num_windows: int, length: int = 4) -> TokenWindows:
     return TokenWindows(
         ids, torch.ones_like(ids), ids, torch.zeros(num_windows, dtype=torch.int64), (domain,)
     )
-
-
-def test_a_budget_takes_whole_windows_and_a_prefix_of_a_larger_one() -> None:
-    windows = numbered("a", 10)
-    drawn = {
-        budget: choose(windows, budget, torch.Generator().manual_seed(3)).input_ids[:, 0].tolist()
-        for budget in (None, 100, 23, 3)
-    }
-    everything = drawn[None]
-    assert sorted(everything) == list(range(10))
-    assert everything != list(range(10))
-    assert drawn[100] == everything
-    assert drawn[23] == everything[:5]
-    assert drawn[3] == everything[:1]
-
-
-def test_a_budget_does_not_count_padding() -> None:
-    windows = numbered("a", 10)
-    windows.attention_mask[:, 2:] = 0
-    assert len(choose(windows, 8, torch.Generator())) == 4
-
-
-def test_windows_are_dealt_in_turn() -> None:
-    dealt = interleave([numbered("a", 3), numbered("b", 1), numbered("c", 2)])
-    assert dealt.domain.tolist() == [0, 1, 2, 0, 2, 0]
-    assert dealt.input_ids[:, 0].tolist() == [0, 0, 0, 1, 1, 2]
-    assert dealt.domain_names == ("a", "b", "c")
 
 
 def test_a_fingerprint_changes_with_tokens_masks_domains_and_names() -> None:

@@ -10,13 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
+from lightning_smoe.data.mixing import Mixture
 from lightning_smoe.data.packing import TokenWindows
 from lightning_smoe.data.samplers import (
     EpochSampler,
     PaddedSampler,
     ResumableLoader,
     WindowDataset,
-    keyed_generator,
 )
 from lightning_smoe.errors import InputError
 
@@ -63,6 +63,7 @@ def test_a_repeated_sample_is_marked_in_the_batch() -> None:
     assert [int(item["input_ids"][0]) for item in items] == [1, 0]
     assert [bool(item["valid"]) for item in items] == [True, False]
     assert bool(data[2]["valid"])
+    assert [int(item["window"]) for item in items] == [1, 0]
 
 
 def test_training_shares_are_disjoint_equal_and_drop_the_uneven_tail() -> None:
@@ -70,6 +71,39 @@ def test_training_shares_are_disjoint_equal_and_drop_the_uneven_tail() -> None:
     shares = [list(EpochSampler(data, 4, rank)) for rank in range(4)]
     assert [len(share) for share in shares] == [3] * 4 == [len(EpochSampler(data, 4))] * 4
     assert len({index for share in shares for index in share}) == 12
+
+
+@pytest.mark.parametrize(("num_replicas", "samples_a_step"), [(1, 6), (2, 3), (2, 6), (3, 5)])
+def test_an_epoch_is_a_whole_number_of_steps(num_replicas: int, samples_a_step: int) -> None:
+    data, dropped = dataset(31), set()
+    for epoch in range(2):
+        seen: list[int] = []
+        for rank in range(num_replicas):
+            sampler = EpochSampler(data, num_replicas, rank, samples_a_step=samples_a_step)
+            sampler.set_epoch(epoch)
+            share = list(sampler)
+            assert len(share) == len(sampler)
+            assert len(share) % samples_a_step == 0
+            seen += share
+        assert len(seen) == len(set(seen)) > 31 - num_replicas * samples_a_step
+        dropped.add(frozenset(range(31)) - frozenset(seen))
+    assert len(dropped) == 2
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_processes_share_what_a_mixture_draws(num_replicas: int) -> None:
+    data = dataset(20)
+    domain = torch.tensor([0, 1] * 10)
+    mixture = Mixture(domain, (1.0, 3.0))
+    options: dict[str, Any] = {"samples_a_step": 4 // num_replicas, "mixture": mixture}
+    shares = [
+        list(EpochSampler(data, num_replicas, rank, **options)) for rank in range(num_replicas)
+    ]
+    together = [index for step in zip(*shares, strict=True) for index in step]
+    assert together == list(EpochSampler(data, samples_a_step=4, mixture=mixture))
+    assert domain[torch.tensor(together)].bincount().tolist() == [5, 15]
+    assert sorted(together) == sorted(mixture.draw(0, 20, seed=42).tolist())
+    assert together != mixture.draw(0, 20, seed=42).tolist()
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
@@ -85,12 +119,6 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     # Four: the second epoch of seed 42 is not the first of seed 43.
     assert len({tuple(order) for order in orders.values()}) == 4
     assert all(sorted(order) == list(range(50)) for order in orders.values())
-
-
-def test_generators_of_neighbouring_keys_differ() -> None:
-    keys = [(1, "ab"), (1, "a"), (2, "a"), (12,), (1, 2)]
-    assert len({keyed_generator(*key).initial_seed() for key in keys}) == len(keys)
-    assert keyed_generator(1, "a").initial_seed() == keyed_generator(1, "a").initial_seed()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

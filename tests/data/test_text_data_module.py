@@ -14,7 +14,8 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_smoe.data.text import CORPUS, SPLITS, TextDataModule
+from lightning_smoe.data.splits import CORPUS, SPLITS
+from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
@@ -40,7 +41,7 @@ def own_text(tmp_path: Path) -> Path:
     for split in ("train", "calib", "valid"):
         (tmp_path / split).mkdir()
         for domain in ("arith", "python"):
-            shutil.copy(CORPUS / "valid" / f"{domain}.txt", tmp_path / split)
+            shutil.copy(CORPUS / split / f"{domain}.txt", tmp_path / split)
     return tmp_path
 
 
@@ -212,12 +213,14 @@ def test_an_unknown_split_is_refused() -> None:
         shipped().check(["tset"])
 
 
-def test_the_command_line_explains_every_option(tmp_path: Path) -> None:
+def test_the_command_line_explains_every_option() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(TextDataModule, "data")
-    options = parser.parse_args(["--data.path", str(tmp_path), "--data.domains", "[lit, js]"])
+    words = ["--data.domains", "[lit, js]", "--data.domain_weights", "{lit: 1, js: 2.5}"]
+    options = parser.parse_args(["--data.path", str(CORPUS), *words])
     data = TextDataModule(**options.data.as_dict())
-    assert (data.path, data.domains) == (tmp_path, ["lit", "js"])
+    assert data.domains_of("calib") == ("js", "lit")
+    assert data.domain_weights == {"lit": 1, "js": 2.5}
     help_text = " ".join(parser.format_help().split())
     documentation = inspect.getdoc(TextDataModule) or ""
     for name in inspect.signature(TextDataModule.__init__).parameters.keys() - {"self"}:

@@ -11,8 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.data.samplers import ResumableLoader
-from lightning_smoe.data.text import CORPUS, TextDataModule
+from lightning_smoe.data.splits import CORPUS
+from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
@@ -36,10 +38,11 @@ def test_a_batch_names_its_tensors_and_shapes() -> None:
     for loader in (data.train_dataloader(), data.predict_dataloader()):
         batch = next(iter(loader))
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
-        of_tokens = dict.fromkeys(("input_ids", "attention_mask", "document"), (4, 32))
-        assert shapes == of_tokens | {"domain": (4,), "valid": (4,)}
+        of_tokens = ("input_ids", "attention_mask", "document", "is_answer")
+        expected = dict.fromkeys(of_tokens, (4, 32)) | dict.fromkeys(("domain", "window"), (4,))
+        assert shapes == expected | {"valid": (4,)}
         dtypes = {name: tensor.dtype for name, tensor in batch.items()}
-        assert dtypes.pop("valid") == torch.bool
+        assert dtypes.pop("valid") == dtypes.pop("is_answer") == torch.bool
         assert set(dtypes.values()) == {torch.int64}
         assert batch["valid"].all()
 
@@ -75,6 +78,68 @@ def test_training_text_of_less_than_one_step_is_refused() -> None:
     data = shipped(domains=["lit"], train_tokens=256, batch_size=9)
     with pytest.raises(InputError, match="gives 8 sequences but one step takes 9 -> give more"):
         data.train_dataloader()
+
+
+def test_accumulated_batches_count_in_a_step() -> None:
+    data = shipped(domains=["lit"], train_tokens=256, batch_size=2)
+    data.check_fills_a_step(2, 2)
+    message = r"one step takes 10 -> .* data\.batch_size or trainer\.accumulate_grad_batches"
+    with pytest.raises(InputError, match=message):
+        data.check_fills_a_step(1, 5)
+
+
+def test_an_epoch_of_training_ends_with_a_step(tmp_path: Path) -> None:
+    data = shipped(domains=["lit"], train_tokens=32 * 11, batch_size=2)
+    (share,) = run("fit", tmp_path / "fit", data, 1, limit_val_batches=0, accumulate_grad_batches=2)
+    assert len(share) == 8
+
+
+def test_domains_are_mixed_by_weight() -> None:
+    weights = {"arith": 3.0, "lit": 1.0}
+    data = shipped(
+        domains=["lit", "arith"], train_tokens=32 * 16, batch_size=4, domain_weights=weights
+    )
+    data.check(("train",))
+    seen = torch.cat([batch["domain"] for batch in data.train_dataloader()])
+    assert seen.bincount().tolist() == [12, 4]
+    assert data.order == {"seed": 42, "domain_weights": weights}
+    assert shipped().order == 42
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"lit": 1.0}, "leaves out arith -> give every domain"),
+        ({"lit": 1.0, "arith": 0.01}, r"gives 'arith' 0\.01, which is none of the 16 sequences"),
+    ],
+)
+def test_weights_that_cannot_be_kept_are_refused(weights: dict[str, float], message: str) -> None:
+    data = shipped(domains=["lit", "arith"], train_tokens=32 * 16, domain_weights=weights)
+    data.check(("valid",))
+    with pytest.raises(InputError, match=message):
+        data.check_fills_a_step(1)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_become_batches_with_their_answers_marked(tmp_path: Path, pack: bool) -> None:
+    rows = [{"input": f"{n} + 1 = ", "output": str(n + 1)} for n in range(9)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = shipped(calib=str(tmp_path / "sums.jsonl"), pack=pack, batch_size=2)
+    batch = next(iter(data.predict_dataloader()))
+    windows = data.windows("calib")
+    assert torch.equal(batch["input_ids"], windows.input_ids[batch["window"]])
+    assert ("position_ids" in batch) == pack
+    text = str(load_tokenizer(CHECKPOINT).decode(batch["input_ids"][batch["is_answer"]]))
+    expected = {str(n + 1) for n in range(9)}
+    assert set(text.removesuffix("<|endoftext|>").split("<|endoftext|>")) <= expected
+
+
+def test_text_and_rows_in_one_domain_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law/a.txt").write_text("text")
+    (tmp_path / "law/b.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(InputError, match="'law' of the calib split has plain text and rows of"):
+        shipped(calib=str(tmp_path)).check(("calib",))
 
 
 def test_loaders_are_plain_data_loaders_of_torch() -> None:
