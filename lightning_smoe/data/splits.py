@@ -47,7 +47,7 @@ class SplitTexts:
         """Reads splits that are used together, and checks that they can be.
 
         Args:
-            splits: Their names.
+            splits: Their names; one may stand twice.
             tokenizer: Writes messages.
 
         Raises:
@@ -60,7 +60,8 @@ class SplitTexts:
                 documents = self._read(split)
                 check_template(list(chain(*documents.values())), tokenizer)
                 self._documents[split], self._digests[split] = documents, digests(documents)
-        for first, second in combinations(splits, 2):
+        # By name: a verb may ask for a split twice.
+        for first, second in combinations(found, 2):
             if self._digests[first] & self._digests[second]:
                 # Read again for the message alone: it may no longer be in memory.
                 check_apart(first, second, self._read(first), self._digests[second])

@@ -26,7 +26,7 @@ def data(folder: Path | None, **options: Any) -> TextDataModule:
 
 
 def test_the_shipped_splits_share_nothing() -> None:
-    data(None).check(SPLITS)
+    data(None).check((*SPLITS, "valid"))
 
 
 def test_a_document_of_two_splits_is_refused_where_both_are_used(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_document_of_two_splits_is_refused_where_both_are_used(tmp_path: Path)
     split_of(tmp_path, "calib", ["short", f"\n{LONG} "])
     split_of(tmp_path, "valid", ["short", OTHER[:-3]])
     text = data(tmp_path)
-    for alone in (("train",), ("calib",), ("train", "valid"), ("calib", "valid")):
+    for alone in (("train",), ("calib", "calib"), ("train", "valid"), ("calib", "valid")):
         text.check(alone)
     text.windows("calib")
     text.windows("train")
