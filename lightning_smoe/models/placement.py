@@ -1,6 +1,7 @@
 """Where a model that is only asked keeps its weights, and in how many bytes."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,8 +101,11 @@ class _RestingLayer:
             _put(module, name, outline)
 
     def place(self, device: torch.device, rest: torch.device) -> None:
-        self._device = device
+        self.bring(device)
         self._resting = [tensor.moved(rest) for tensor in self._resting]
+
+    def bring(self, device: torch.device) -> None:
+        self._device = device
 
     @property
     def num_bytes(self) -> int:
@@ -120,6 +124,24 @@ class _RestingLayer:
     def _leave(self, *_: Any) -> None:
         for module, name, own in self._own:
             _put(module, name, own)
+
+
+@contextmanager
+def brought(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Lets a decoder layer run on a device for a while, whether or not it rests; then on the CPU.
+
+    Args:
+        layer: The layer, on the CPU.
+        device: Where it runs.
+    """
+    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
+    resting = next((owner for owner in owners if isinstance(owner, _RestingLayer)), None)
+    move = layer.to if resting is None else resting.bring
+    move(device)
+    try:
+        yield
+    finally:
+        move(torch.device("cpu"))
 
 
 def _is_matrix(name: str, tensor: Tensor) -> bool:

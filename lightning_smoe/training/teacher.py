@@ -25,6 +25,8 @@ from lightning_smoe.training.teacher_shards import ShardFile
 
 Batch = Mapping[str, Tensor]
 
+_OPTIONS = "model.recovery.teacher.cache"
+
 
 @dataclass(frozen=True)
 class TeacherOptions:
@@ -184,19 +186,19 @@ class CachedTeacher(Teacher):
         if layers:
             raise InputError(
                 "an objective compares what layers do, which the cache does not hold: it needs the "
-                "teacher itself; set model.teacher.cache to null, or take the objective away"
+                f"teacher itself; set {_OPTIONS} to null, or take the objective away"
             )
         for temperature in set(temperatures) - {self.cache.temperature}:
             raise InputError(
                 f"an objective has temperature {temperature} and the cache of the teacher "
-                f"{self.cache.temperature}; set model.teacher.cache.temperature to {temperature} "
-                "and run `python -m lightning_smoe cache` again, or change the objective's"
+                f"{self.cache.temperature}; set {_OPTIONS}.temperature to {temperature} and run "
+                "`python -m lightning_smoe cache` again, or change the objective's"
             )
         if self.cache.format.top_k < min(top_k, self.cache.format.vocab_size):
             raise InputError(
                 f"an objective wants {top_k} tokens named and the cache of the teacher has "
-                f"{self.cache.format.top_k}; lower its top_k, or set model.teacher.cache.top_k to "
-                f"{top_k} and run `python -m lightning_smoe cache` again"
+                f"{self.cache.format.top_k}; lower its top_k, or set {_OPTIONS}.top_k to {top_k} "
+                "and run `python -m lightning_smoe cache` again"
             )
 
     def place(self, device: torch.device) -> None:

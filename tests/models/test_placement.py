@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.models.placement import PlacedModel
+from lightning_smoe.models.placement import PlacedModel, brought
 from lightning_smoe.models.resting import RoundedTensor
 from lightning_smoe.models.walk import decoder_layers
 from tests.families import build
@@ -64,6 +64,20 @@ def test_only_the_layer_that_runs_is_on_the_device() -> None:
     assert seen == [["meta", "cpu", "cpu"], ["cpu", "meta", "cpu"], ["cpu", "cpu", "meta"]]
     assert model.get_input_embeddings().weight.device == META
     assert {p.device.type for layer in layers for p in layer.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("options", [{"offload": True}, {"rounded": True}])
+def test_a_layer_by_itself_runs_where_it_is_brought(options: dict[str, bool]) -> None:
+    model = build("qwen3_moe")
+    placed = PlacedModel(model, **options)
+    placed.place(CPU)
+    layer: Any = decoder_layers(model)[1]
+    seen: list[str] = []
+    layer.forward = lambda: seen.append(layer.mlp.gate_proj.weight.device.type)
+    with brought(layer, META):
+        layer()
+    layer()
+    assert seen == ["meta", "cpu"]
 
 
 @pytest.mark.parametrize("axis", [1, 2])
