@@ -17,7 +17,7 @@ from lightning_smoe.training.layer_objectives import LayerObjective, LayerPair
 from lightning_smoe.training.objective_names import distinct_names
 from lightning_smoe.training.objectives import TokenObjective
 from lightning_smoe.training.position_values import values_of
-from lightning_smoe.training.positions import counted_positions, flat_positions, next_tokens
+from lightning_smoe.data.positions import counted_positions, flat_positions, next_tokens
 from lightning_smoe.training.signals import LayerRecorder, LayerSignals, Signal
 from lightning_smoe.training.teacher import Teacher, TeacherAnswer
 
@@ -129,9 +129,11 @@ class Losses:
         answer = self._ask(teacher, batch, counted, split)
         with self._recorder.recording(counted) as signals:
             states = final_states(self._student, batch)
-        states = states.flatten(0, 1).index_select(0, positions)
-        totals: list[Tensor] = []
+        # Even if no objective is on tokens, gradients have to come from the end of the model: a
+        # model that is shared out makes its layers whole on their way (FSDP2, DDP).
+        totals: list[Tensor] = [0.0 * states.flatten()[0]]
         sums: list[Tensor] = []
+        states = states.flatten(0, 1).index_select(0, positions)
         if self._token_objectives:
             targets = next_tokens(batch, positions)
             total, token_sums = self._of_tokens(states, answer, targets)

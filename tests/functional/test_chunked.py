@@ -129,7 +129,7 @@ class Largest(TorchDispatchMode):
     """Notes how many numbers the largest tensor has that any operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.count = 0
 
     def __torch_dispatch__(
