@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import counted_positions, flat_positions, next_tokens
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.chunked import chunk_size_of, chunked
 from lightning_smoe.models.head import final_states, head_parameters, logits_of, vocab_size_of
@@ -17,7 +18,6 @@ from lightning_smoe.training.layer_objectives import LayerObjective, LayerPair
 from lightning_smoe.training.objective_names import distinct_names
 from lightning_smoe.training.objectives import TokenObjective
 from lightning_smoe.training.position_values import values_of
-from lightning_smoe.data.positions import counted_positions, flat_positions, next_tokens
 from lightning_smoe.training.signals import LayerRecorder, LayerSignals, Signal
 from lightning_smoe.training.teacher import Teacher, TeacherAnswer
 

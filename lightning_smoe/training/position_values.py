@@ -8,11 +8,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import counted_positions, flat_positions, next_tokens
 from lightning_smoe.functional.chunked import chunk_size_of, chunks
 from lightning_smoe.functional.targets import TeacherTokens, UnknownTokens
 from lightning_smoe.models.head import final_states, logits_of, vocab_size_of
 from lightning_smoe.training.objectives import TokenObjective
-from lightning_smoe.data.positions import counted_positions, flat_positions, next_tokens
 from lightning_smoe.training.teacher import Teacher, TeacherAnswer
 
 Batch = Mapping[str, Tensor]

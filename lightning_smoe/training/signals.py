@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from lightning_smoe.data.positions import flat_positions
 from lightning_smoe.functional.router_losses import router_score
 from lightning_smoe.functional.routing import Score
 from lightning_smoe.models.layer import MoELayer, decoder_layer_of
-from lightning_smoe.training.positions import flat_positions
 
 # `hidden`: output of a decoder layer. `branch`: weighted sum of its routed experts' outputs, before
 # a shared expert's is added. `router_logits`: raw scores of router rows. `expert_counts`: how often

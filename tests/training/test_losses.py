@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.training import losses
@@ -24,7 +25,6 @@ from lightning_smoe.training.layer_objectives import (
 from lightning_smoe.training.losses import BatchLoss, Losses
 from lightning_smoe.training.objectives import CrossEntropy, ForwardKL, ReverseKL, TokenObjective
 from lightning_smoe.training.position_values import position_values
-from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.training.teacher import LiveTeacher
 from tests.families import NUM_EXPERTS, build
 from tests.models.sharing import assignment_of, share
