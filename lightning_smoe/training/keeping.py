@@ -106,8 +106,8 @@ class LastCheckpoint(Checkpoint):
         """Writes when enough steps were taken since the last time."""
         if self._every_n_steps is None:
             return
-        # From the end of an epoch Lightning goes on without the start of the next, and so with other
-        # random numbers (2.6.6); from a validation there it does not.
+        # From the end of an epoch Lightning 2.6 goes on without the start of the next, and so with
+        # other random numbers; from a validation there it does not.
         is_due = trainer.global_step - self._saved_step >= self._every_n_steps
         if is_due and not trainer.is_last_batch and _is_between_steps(trainer):
             self._save(trainer)

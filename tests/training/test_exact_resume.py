@@ -1,48 +1,30 @@
 """Trainings that are killed and continued end as if nothing had happened, bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkProcess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_smoe.training import checkpoint_io
 from lightning_smoe.training.checkpoint_io import AtomicCheckpointIO
 from lightning_smoe.training.recovery import RecoveryModule
+from tests.training.kills import Kill, KillWriting, finish, start
 from tests.training.students import QUIET, module, text, trainer
 
 pytestmark = QUIET
 
-# Four epochs of eight batches, or of four where two processes share them; two batches a step.
+# Three epochs of eight batches, or six of four where two processes share the text; two a step.
 NUM_STEPS = 12
 SETTINGS: dict[str, Any] = {"val_check_interval": 6, "accumulate_grad_batches": 2}
-FORK = multiprocessing.get_context("fork")
-# Looser than any run takes, so that a hang ends as a failure.
-TIMEOUT = 120
-
-
-class Kill(Callback):
-    """Kills its process as a batch starts, which leaves it no time to do anything."""
-
-    def __init__(self, batch: int) -> None:
-        self._batch = batch
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.fit_loop.total_batch_idx == self._batch:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def recovery(folder: Path) -> RecoveryModule:
@@ -75,23 +57,6 @@ def train(folder: Path, callbacks: Sequence[Callback], **options: Any) -> None:
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     rank = engine.global_rank
     torch.save([trained, engine.optimizers[0].state_dict()], folder / f"end{rank}.pt")
-
-
-def start(work: Callable[[], None]) -> ForkProcess:
-    """Starts a process of its own that does the work; nothing is imported anew."""
-    process = FORK.Process(target=work)
-    process.start()
-    return process
-
-
-def finish(processes: Sequence[ForkProcess]) -> list[int | None]:
-    """Waits for processes; the exit code of each."""
-    for process in processes:
-        process.join(TIMEOUT)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
 
 
 def run(folder: Path, *callbacks: Callback, **options: Any) -> int | None:
@@ -182,24 +147,6 @@ def test_validations_may_fall_anywhere_between_steps(
         assert run(parts, Kill(batch), **settings) == -signal.SIGKILL
     assert run(parts, **settings) == 0
     assert differing(parts, whole) == []
-
-
-class KillWriting(Callback):
-    """Kills its process within the n-th write of a checkpoint, half the bytes written."""
-
-    def __init__(self, number: int) -> None:
-        self._left = number
-
-    def on_save_checkpoint(self, *_: Any) -> None:
-        self._left -= 1
-        if self._left == 0:
-            setattr(checkpoint_io, "_write", self._write_half)  # noqa: B010  # no other signature
-
-    @staticmethod
-    def _write_half(checkpoint: dict[str, Any], partial: Path, _: Path) -> None:
-        torch.save(checkpoint, partial)
-        os.truncate(partial, partial.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
