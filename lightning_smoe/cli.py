@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors import SafetensorError
 
 from lightning_smoe import __version__
@@ -24,6 +25,7 @@ from lightning_smoe.experiment import Experiment
 from lightning_smoe.recipe_files import find_recipe
 from lightning_smoe.show import StepBar, set_up_screen
 from lightning_smoe.trainer import SMoETrainer
+from lightning_smoe.training.checkpoint_io import AtomicCheckpointIO
 from lightning_smoe.words import spelled_out
 
 # Verb -> method of the trainer, and whether it works on an experiment or looks at a folder.
@@ -31,6 +33,7 @@ _VERBS = {
     "calibrate": ("calibrate", True),
     "plan": ("plan", True),
     "compress": ("compress", True),
+    "cache": ("cache", True),
     "fit": ("recover", True),
     "evaluate": ("evaluate", True),
     "sweep": ("sweep", True),
@@ -154,6 +157,10 @@ class SMoECLI(LightningCLI):
         elif settings["logger"] in (None, True):
             name = Path(self._get(self.config_init, "model").output_dir).name
             settings["logger"] = TensorBoardLogger("logs", name=name)
+        settings["plugins"] = [*_as_list(settings["plugins"]), AtomicCheckpointIO()]
+        if isinstance(settings["strategy"], ModelParallelStrategy):
+            # What validation leaves whole is trained on.
+            settings["inference_mode"] = False
         callbacks = settings["callbacks"] or []
         if settings["enable_progress_bar"] is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
@@ -223,6 +230,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 "description": "Compresses mixture-of-experts language models.",
             },
         )
+
+
+def _as_list(plugins: Any) -> list[Any]:
+    return plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
 
 
 @contextmanager

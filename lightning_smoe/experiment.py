@@ -9,7 +9,7 @@ import torch
 from lightning_smoe.compression.budget import Budget, Uniform
 from lightning_smoe.compression.recipe import Merge, Prune, Recipe
 from lightning_smoe.functional.saliency import MoNE, ReapSum
-from lightning_smoe.training.recovery import Recovery
+from lightning_smoe.training.options import Recovery
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,7 +57,7 @@ class Experiment:
     budget: Budget = Uniform()
     layers: Literal["all"] | list[int] = "all"
     recipe: Recipe | Literal["auto"] = Merge()
-    recovery: Recovery = Recovery()
+    recovery: Recovery = field(default_factory=Recovery)
     sample_tokens: int = 16384
     baselines: bool = True
     beside: dict[str, Recipe] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.card import model_card
 from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.head import check_isolates
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.mapped import is_mapped
 from lightning_smoe.workspace import Workspace, found_manifest
@@ -34,7 +35,10 @@ def calibrate(trainer: Trainer, work: Workspace) -> None:
         if not needed:
             return
         watch = ExpertStatistics(work.data.domains_of("calib"), wanted, work.sample_stride)
-        module = CalibrationModule(load(work.source.path, work.dtype))
+        model = load(work.source.path, work.dtype)
+        if work.data.windows("calib").isolated:
+            check_isolates(model)
+        module = CalibrationModule(model)
         with _also(trainer, watch):
             trainer.predict(module, datamodule=work.data, return_predictions=False)
         if trainer.is_global_zero:

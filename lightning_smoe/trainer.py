@@ -7,10 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_smoe import compare, judge, pipeline, recover, show, sweep
+from lightning_smoe import compare, judge, pipeline, recover, show, sweep, teaching
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.tasks import TaskSuite
@@ -33,10 +37,11 @@ class SMoETrainer(Trainer):
         datamodule: TextDataModule,
         splits: Sequence[str],
         *checks: Callable[[Workspace], None],
+        in_slices: bool = False,
     ) -> Iterator[Workspace]:
         """Checks everything, brings up all processes, then holds the output folder."""
         self._check_loops()
-        self._check_devices()
+        self._check_devices(in_slices)
         work = Workspace(model, datamodule, str(self.precision))
         datamodule.check(splits)
         for check in checks:
@@ -63,15 +68,18 @@ class SMoETrainer(Trainer):
         datamodule: TextDataModule,
         splits: Sequence[str],
         *checks: Callable[[Workspace], None],
+        in_slices: bool = False,
     ) -> Iterator[Workspace]:
         """The same, for steps that need the recipe, which `auto` leaves open until then."""
         splits = (*splits, "valid") if model.recipe == "auto" else splits
         checks = (partial(sweep.check_auto, self), *checks)
-        with self._working(model, datamodule, splits, *checks) as work:
+        with self._working(model, datamodule, splits, *checks, in_slices=in_slices) as work:
             yield sweep.settle(self, work)
 
-    def _check_devices(self) -> None:
-        if not isinstance(self.strategy, SingleDeviceStrategy | DDPStrategy):
+    def _check_devices(self, in_slices: bool) -> None:
+        if isinstance(self.strategy, ModelParallelStrategy) and in_slices:
+            recover.check_slices(self.strategy)
+        elif not isinstance(self.strategy, SingleDeviceStrategy | DDPStrategy):
             raise InputError(
                 f"trainer.strategy={type(self.strategy).__name__} shares out single weights, which "
                 "compression needs whole; use ddp, or one device"
@@ -134,6 +142,16 @@ class SMoETrainer(Trainer):
         ) as work:
             pipeline.compress(self, work)
 
+    def cache(self, model: Experiment, datamodule: TextDataModule) -> None:
+        """Keeps the original's answers on the training text, so that fit need not hold it.
+
+        Args:
+            model: The experiment; model.recovery.teacher.cache says what is kept.
+            datamodule: The text.
+        """
+        with self._working(model, datamodule, ("train", "valid"), teaching.check) as work:
+            teaching.make_cache(self, work)
+
     def recover(
         self, model: Experiment, datamodule: TextDataModule, ckpt_path: str | None = None
     ) -> None:
@@ -147,9 +165,11 @@ class SMoETrainer(Trainer):
         """
         splits = ("train", "calib", "valid", "test")
         check = partial(recover.check_training, self, ckpt_path=ckpt_path)
-        with self._settling(model, datamodule, splits, judge.check_others, check) as work:
+        checks = (judge.check_others, check)
+        with self._settling(model, datamodule, splits, *checks, in_slices=True) as work:
             recover.recover(self, work, ckpt_path)
-            judge.evaluate(self, work)
+            if not isinstance(self.strategy, ModelParallelStrategy):
+                judge.evaluate(self, work)
 
     def evaluate(
         self,

@@ -1,7 +1,6 @@
 """An experiment checked against what is there, with the places and origins of its results."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,6 +117,11 @@ class Workspace:
         return self.folder / "recovered"
 
     @property
+    def teacher_path(self) -> Path:
+        """What cache writes."""
+        return self.folder / "teacher"
+
+    @property
     def training_path(self) -> Path:
         """Where fit keeps checkpoints."""
         return self.folder / "training"
@@ -198,11 +202,11 @@ class Workspace:
         compressed = found_manifest(self.compressed_path)
         inputs = {
             "compressed": "" if compressed is None else compressed.digest,
-            "recovery": asdict(self.experiment.recovery),
+            "recovery": to_spec(self.experiment.recovery),
             "training text": self.data.fingerprint("train"),
             "validation text": self.data.fingerprint("valid"),
             "batch_size": self.data.batch_size,
-            "order": self.data.seed,
+            "order": self.data.order,
             "dtype": self.numbers,
             "trainer": trainer_settings,
         }

@@ -29,6 +29,7 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import token_nll
 from lightning_smoe.models.artifact import locked, replacing
 from lightning_smoe.models.checkpoint import verify
+from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.show import set_up_screen
 from lightning_smoe.training.monitor import RouterMonitor
 
@@ -165,7 +166,7 @@ def train(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
-        callbacks=[keep, RouterMonitor()],
+        callbacks=[keep, RouterMonitor(find_moe_layers(module))],
         enable_progress_bar=False,
         enable_model_summary=False,
     )

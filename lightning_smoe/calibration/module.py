@@ -17,6 +17,7 @@ from lightning_smoe.calibration.statistics import (
 )
 from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.models.artifact import Manifest
+from lightning_smoe.models.head import model_inputs
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 
 
@@ -33,9 +34,7 @@ class CalibrationModule(LightningModule):
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
         """Runs one batch; what it is for happens in the hooks."""
-        self.model.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
+        self.model.base_model(**model_inputs(batch), use_cache=False)
         return {}
 
 

@@ -87,7 +87,7 @@ class CompressionModule(LightningModule):
         """Embeds one batch and lets it wait."""
         is_token = batch["attention_mask"].bool() & batch["valid"][:, None]
         with torch.inference_mode(False):
-            waiting = embed(self.model, batch["input_ids"], batch["attention_mask"], is_token)
+            waiting = embed(self.model, batch, is_token)
         self._batches.append(waiting)
         return {}
 

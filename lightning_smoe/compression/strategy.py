@@ -17,8 +17,14 @@ def to_spec(strategy: Any) -> dict[str, Any] | None:
     settings = {field.name: getattr(strategy, field.name) for field in fields(strategy)}
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "init_args": {k: to_spec(v) if is_dataclass(v) else v for k, v in settings.items()},
+        "init_args": {name: _to_plain(value) for name, value in settings.items()},
     }
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_to_plain(part) for part in value]
+    return to_spec(value) if is_dataclass(value) else value
 
 
 def from_spec(spec: Any, kind: type[T]) -> T:

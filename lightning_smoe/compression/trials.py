@@ -21,6 +21,7 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import kl_divergence
 from lightning_smoe.functional.evidence import Evidence, TokenSample
 from lightning_smoe.functional.router import RouterBatch, RouterTokens
+from lightning_smoe.models.head import model_inputs
 from lightning_smoe.models.layer import MoELayer
 
 # Compressed layers kept beside those of one allocation: what two more moves of a search change.
@@ -113,9 +114,10 @@ class Trials:
         """
         length = self._text["input_ids"].shape[1]
         rows = slice(0, max(1, num_tokens // length))
+        text = {name: tensor[rows] for name, tensor in self._text.items()}
         batches = [
-            {key: self._text[key][rows][start : start + self._batch_size] for key in _INPUTS}
-            for start in range(0, len(self._text["input_ids"][rows]), self._batch_size)
+            {name: tensor[start : start + self._batch_size] for name, tensor in text.items()}
+            for start in range(0, len(text["input_ids"]), self._batch_size)
         ]
         return Measure(self._model, batches, self)
 
@@ -146,9 +148,6 @@ class Trials:
             tokens = RouterTokens([batch], lambda tensor: tensor)
         apply_layer(MoELayer(name, block), layer_plan, plan, tokens=tokens, sample=sample)
         return block
-
-
-_INPUTS = ("input_ids", "attention_mask")
 
 
 class Measure:
@@ -193,7 +192,7 @@ class Measure:
 
     @torch.no_grad()
     def _logits(self, batch: dict[str, Tensor]) -> Float[Tensor, "batch sequence vocab"]:
-        logits: Tensor = self._model(**batch, use_cache=False).logits[:, :-1]
+        logits: Tensor = self._model(**model_inputs(batch), use_cache=False).logits[:, :-1]
         return logits
 
 

@@ -6,6 +6,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -139,6 +140,13 @@ class TextDataModule(LightningDataModule):
         """The same text, of which another seed chooses and orders the sequences."""
         other = copy(self)
         other.seed, other._windows = seed, {}
+        return other
+
+    def predicting(self, split: str, max_tokens: int) -> "TextDataModule":
+        """The same text, whose predict loop goes through the beginning of another split."""
+        other, windows = copy(self), self.windows(split)
+        count = min(max(1, max_tokens // self.sequence_length), len(windows))
+        other._windows = {"calib": windows.select(torch.arange(count))}
         return other
 
     def domains_of(self, split: str) -> tuple[str, ...]:

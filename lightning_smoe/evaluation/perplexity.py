@@ -9,8 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import kl_divergence, token_nll
+from lightning_smoe.models.head import model_inputs
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,22 @@ class EvaluationModule(LightningModule):
         )
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds up one batch: every position that has a next token counts."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        """Adds up one batch, at every position whose next token is to be learned."""
+        inputs = model_inputs(batch)
         wanted = self._teacher(**inputs, use_cache=False).logits[:, :-1]
         found = wanted
         if self.model is not self._teacher:
             found = self.model(**inputs, use_cache=False).logits[:, :-1]
-        real = batch["attention_mask"].bool() & batch["valid"][:, None]
-        real = real[:, 1:] & real[:, :-1]
+        counted = counted_positions(batch)[:, :-1]
         values = torch.stack(
             [
                 token_nll(found, batch["input_ids"][:, 1:]),
                 kl_divergence(wanted, found),
                 (wanted.argmax(-1) == found.argmax(-1)).float(),
-                torch.ones_like(real, dtype=torch.float32),
+                torch.ones_like(counted, dtype=torch.float32),
             ]
         )
-        by_sequence = torch.where(real, values.double(), 0.0).sum(-1)
+        by_sequence = torch.where(counted, values.double(), 0.0).sum(-1)
         self._sums.index_add_(1, batch["domain"], by_sequence)
 
     def on_test_epoch_end(self) -> None:

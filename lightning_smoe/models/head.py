@@ -31,15 +31,19 @@ def final_states(
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         found.append(output[0])
 
-    key = "position_ids" if "position_ids" in batch else "attention_mask"
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], key: batch[key]}
     hook = model.base_model.register_forward_hook(keep)
     try:
         # The whole model, not its base alone: sharding and offloading hang on this call.
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
     return found[0]
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model is given of a batch: positions that start anew say where a document ends."""
+    key = "position_ids" if "position_ids" in batch else "attention_mask"
+    return {"input_ids": batch["input_ids"], key: batch[key]}
 
 
 def logits_of(

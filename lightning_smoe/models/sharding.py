@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.layer import decoder_layer_of
+from lightning_smoe.models.walk import decoder_layers
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -35,7 +35,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         InputError: Parameters are trained, but none of a decoder layer.
     """
     if not is_sharded(model):
-        layers = _decoder_layers(model)
+        layers = decoder_layers(model)
         _refuse_head_alone(model, layers)
         for layer in layers:
             fully_shard(layer, mesh=mesh)
@@ -71,16 +71,6 @@ def gathered_state(model: nn.Module, names: Collection[str]) -> dict[str, Tensor
             # A copy: on the CPU a tensor that never was in slices is the parameter itself.
             state[name] = whole.detach().to("cpu", copy=True)
     return state
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    # By names alone: adapters (LoRA) may wrap what a layer holds.
-    blocks = (name for name, m in model.named_modules() if "experts" in dict(m.named_children()))
-    path, _ = decoder_layer_of(next(blocks))
-    layers = model.get_submodule(path)
-    if not isinstance(layers, nn.ModuleList):
-        raise TypeError(f"{path} is not a list of layers")
-    return layers
 
 
 def _refuse_head_alone(model: nn.Module, layers: nn.ModuleList) -> None:

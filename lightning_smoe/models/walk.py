@@ -1,16 +1,17 @@
 """Running a model one decoder layer at a time, over batches that wait between layers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_smoe.models.head import model_inputs
 from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
 
 # One sequence of so many is held out.
@@ -43,7 +44,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     # By name alone: adapters may be wrapped around what lies under it.
     names = (name for name, _ in model.named_modules() if name.endswith(".experts"))
     first = next(names, None) or find_moe_layers(model)[0].name
-    layers = model.get_submodule(decoder_layer_of(first)[0])
+    path, _ = decoder_layer_of(first)
+    layers = model.get_submodule(path)
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{path} is not a list of layers")
     return layers
@@ -52,11 +54,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 @torch.no_grad()
 def embed(
     model: PreTrainedModel,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"],
+    batch: Mapping[str, Tensor],
     is_token: Bool[Tensor, "batch sequence"],
 ) -> WaitingBatch:
-    """Runs all that comes before the first decoder layer, and notes how the layers are called."""
+    """Runs all that comes before the first decoder layer, and notes how the layers are called.
+
+    Args:
+        model: The model.
+        batch: As for `final_states`.
+        is_token: Which positions count.
+    """
     states: list[Tensor] = []
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -66,9 +73,9 @@ def embed(
         return hidden
 
     with _replaced_forward(decoder_layers(model), note):
-        model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model.base_model(**model_inputs(batch), use_cache=False)
     # By the text alone, so that neither batches nor processes change what is held out.
-    held_out = (input_ids * is_token).sum(1) % _HELD_OUT == 0
+    held_out = (batch["input_ids"] * is_token).sum(1) % _HELD_OUT == 0
     return WaitingBatch(states[0], calls, is_token, held_out)
 
 

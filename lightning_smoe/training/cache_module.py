@@ -11,12 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.data.samplers import PaddedSampler, WindowDataset
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.chunked import chunk_size_of, chunks
 from lightning_smoe.functional.targets import TeacherTokens, TopTokens
-from lightning_smoe.training.positions import counted_positions
 from lightning_smoe.training.teacher import LiveTeacher
 from lightning_smoe.training.teacher_cache import CacheFolder
 from lightning_smoe.training.teacher_shards import Answers, Shard

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import Manifest, sha256_of, sha256_of_file
-from lightning_smoe.training.positions import counted_positions
 from lightning_smoe.training.teacher_cache import NUMBERS, CacheFolder
 from lightning_smoe.training.teacher_shards import AnswerFormat, Precision
 

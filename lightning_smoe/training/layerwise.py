@@ -14,8 +14,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_smoe.data.samplers import keyed_generator
+from lightning_smoe.data.choice import keyed_generator
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.placement import brought
 from lightning_smoe.models.walk import WaitingBatch, decoder_layers, embed, run_layer
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,10 @@ class LayerwiseModule(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Embeds one batch by both models, and lets it wait."""
         with torch.inference_mode(False):
-            ids, mask = batch["input_ids"].cpu().clone(), batch["attention_mask"].cpu().clone()
-            is_token = mask.bool() & batch["valid"].cpu()[:, None]
-            ours = embed(self._student, ids, mask, is_token)
-            self._pairs.append((ours, embed(self._teacher, ids, mask, is_token)))
+            here = {name: tensor.cpu().clone() for name, tensor in batch.items()}
+            is_token = here["attention_mask"].bool() & here["valid"][:, None]
+            ours = embed(self._student, here, is_token)
+            self._pairs.append((ours, embed(self._teacher, here, is_token)))
         return {}
 
     def on_predict_epoch_end(self) -> None:
@@ -94,9 +95,8 @@ class LayerwiseModule(LightningModule):
         students, teachers = decoder_layers(self._student), decoder_layers(self._teacher)
         start = time.monotonic()
         for index in range(max(indices) + 1):
-            teacher = teachers[index].to(self.device)
-            wanted = [self._run(teacher, batch, index) for _, batch in self._pairs]
-            teacher.cpu()
+            with brought(teachers[index], self.device):
+                wanted = [self._run(teachers[index], batch, index) for _, batch in self._pairs]
             student = students[index].to(self.device)
             parameters = [p for p in student.parameters() if p.requires_grad]
             if index in indices and parameters:

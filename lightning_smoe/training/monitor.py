@@ -1,5 +1,6 @@
 """What the routers do while a model is trained, as pictures and numbers in TensorBoard."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,30 +10,37 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_smoe.calibration.observer import Batch, RoutedTokens, observing
-from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.layer import MoELayer
 
 
 class RouterMonitor(Callback):
-    """Logs the load of every expert at each validation.
+    """Logs what the routers do with the validation text, at each validation.
 
     `router/load` is a picture of layers by experts: the fraction of a layer's routed tokens that
-    each expert gets, times the number of experts (1 = balanced). `router/entropy` is the mean
-    entropy of the loads in nats, `router/unused_experts` how many experts no token visited.
+    each expert gets, times the number of experts (1 = balanced). `router/entropy` is the entropy of
+    the loads in nats, `router/unused_experts` how many experts no token visited, `router/drift` the
+    length of the rows' change since training began, relative to the length that they had.
+
+    Args:
+        layers: Layers of the model that is trained, as they are before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
         self._hooks = ExitStack()
+        self._layers = layers
+        self._num_experts = [layer.num_experts for layer in layers]
+        self._start = [_rows(layer).clone() for layer in layers]
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting."""
-        layers = find_moe_layers(pl_module)
         self._counts = {
-            layer.name: torch.zeros(layer.num_experts, dtype=torch.int64, device=pl_module.device)
-            for layer in layers
+            layer.name: torch.zeros(count, dtype=torch.int64, device=pl_module.device)
+            for layer, count in zip(self._layers, self._num_experts, strict=True)
         }
-        self._hooks.enter_context(observing(layers, lambda: self._batch, self._count))
+        self._hooks.enter_context(observing(self._layers, lambda: self._batch, self._count))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any
@@ -43,7 +51,8 @@ class RouterMonitor(Callback):
 
     def _count(self, layer: MoELayer, tokens: RoutedTokens) -> None:
         chosen = tokens.expert_indices.reshape(-1)
-        self._counts[layer.name] += torch.bincount(chosen, minlength=layer.num_experts)
+        counts = self._counts[layer.name]
+        counts += torch.bincount(chosen, minlength=len(counts))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the loads of all processes together."""
@@ -55,9 +64,11 @@ class RouterMonitor(Callback):
             loads.append((name, (load * len(load)).cpu()))
             entropy = -torch.special.xlogy(load, load).sum()
             unused = (total == 0).sum().float()
-            layer = name.removeprefix("student.")
-            pl_module.log(f"router/entropy/{layer}", entropy.float(), sync_dist=True)
-            pl_module.log(f"router/unused_experts/{layer}", unused, sync_dist=True)
+            pl_module.log(f"router/entropy/{name}", entropy.float(), sync_dist=True)
+            pl_module.log(f"router/unused_experts/{name}", unused, sync_dist=True)
+        for layer, start in zip(self._layers, self._start, strict=True):
+            drift = (_rows(layer) - start).norm() / start.norm()
+            pl_module.log(f"router/drift/{layer.name}", drift.to(pl_module.device), sync_dist=True)
         if trainer.is_global_zero and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -69,6 +80,14 @@ class RouterMonitor(Callback):
     ) -> None:
         """Takes the hooks away."""
         self._hooks.close()
+
+
+@torch.no_grad()
+def _rows(layer: MoELayer) -> Float[Tensor, "rows hidden"]:
+    """The router's rows, whole also where processes share them out, in main memory."""
+    weight = next(tensor.rows for tensor in layer.router_tensors if tensor.kind == "weight")
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return whole.detach().cpu().float()
 
 
 def draw_loads(loads: list[tuple[str, Float[Tensor, " _"]]]) -> Figure:
@@ -85,7 +104,7 @@ def draw_loads(loads: list[tuple[str, Float[Tensor, " _"]]]) -> Figure:
     figure = Figure(figsize=(2 + widest * 0.12, 1 + len(loads) * 0.25), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table.numpy(), aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(loads)), [name.removeprefix("student.") for name, _ in loads])
+    axes.set_yticks(range(len(loads)), [name for name, _ in loads])
     axes.set_xlabel("expert")
     figure.colorbar(image, label="load (1 = even)")
     return figure

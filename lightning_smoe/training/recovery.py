@@ -1,162 +1,226 @@
 """Recovery: the compressed model learns from the original what it lost."""
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.errors import InputError
-from lightning_smoe.functional.divergence import kl_divergence, token_nll
+from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.sharding import shard
+from lightning_smoe.training.adapters import prepare_training
+from lightning_smoe.training.curve import Curve
+from lightning_smoe.training.keeping import checkpoint_callbacks
+from lightning_smoe.training.losses import Losses
+from lightning_smoe.training.modes import set_modes
 from lightning_smoe.training.monitor import RouterMonitor
-from lightning_smoe.training.trainable import Part, select_trainable
+from lightning_smoe.training.objectives import CrossEntropy, ForwardKL
+from lightning_smoe.training.options import Recovery
+from lightning_smoe.training.position_values import position_values
+from lightning_smoe.training.random_state import RandomState
+from lightning_smoe.training.teacher import Teacher
 
-
-@dataclass(frozen=True)
-class Recovery:
-    """How the compressed model is trained against the original.
-
-    Args:
-        trainable: Parts that change: router, experts, shared (the shared expert and its gate), or
-            all for every parameter.
-        learning_rate: Peak step size of Adam, above 0.
-        schedule: How it falls to zero after the warm-up: cosine or linear.
-        warmup_steps: Steps over which it rises from zero, 0 or more.
-        temperature: Both models' logits are divided by it in the loss, above 0.
-    """
-
-    trainable: Sequence[Part] = ("router",)
-    learning_rate: float = 1e-3
-    schedule: Literal["cosine", "linear"] = "linear"
-    warmup_steps: int = 10
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.trainable:
-            raise ValueError("trainable is empty; name router, experts, shared or all")
-        if not self.learning_rate > 0 or not self.temperature > 0:
-            raise ValueError("learning_rate and temperature must be above 0")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be 0 or more")
+# What a validation takes at each position.
+_JUDGED = (ForwardKL(), CrossEntropy())
 
 
 class RecoveryModule(LightningModule):
-    """Trains the student on the teacher's next-token distributions; the teacher never changes.
+    """Trains the student on the teacher's answers; the teacher never changes.
 
-    The loss is KL(teacher || student) on logits in nats a token (Router KD,
-    https://arxiv.org/abs/2603.02217, where only routers are trainable). Only trainable parameters
-    are in checkpoints, the teacher is in none.
+    Every loss is a mean over the counted tokens of all processes and of all batches of a step, so
+    neither padding nor how rows are shared out decides a gradient. Only trainable parameters are in
+    checkpoints, the teacher is in none.
 
     Args:
         student: The compressed model.
-        teacher: The original.
+        teacher: The original, or its answers.
         recovery: What is trained, and how.
-        checkpoints: Folder for checkpoints; `last.ckpt` is the newest.
+        folder: Folder for checkpoints; `last.ckpt` is the newest.
+        domains: Names of the domains of the validation text, by number.
+        assignments: By the name of a layer, the student's expert in the place of each of the
+            teacher's, -1 where there is none; for objectives that compare routers.
     """
 
-    _teacher: PreTrainedModel
+    _teacher: Teacher
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: Teacher,
         recovery: Recovery,
-        checkpoints: Path,
+        folder: Path,
+        *,
+        domains: Sequence[str] = ("text",),
+        assignments: Mapping[str, Int[Tensor, " experts"]] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         # Not a sub-module: a teacher must not be trained, broadcast, counted or saved.
-        object.__setattr__(self, "_teacher", teacher.eval().requires_grad_(False))
+        object.__setattr__(self, "_teacher", teacher)
         self._recovery = recovery
-        self._checkpoints = checkpoints
-        self._loaded_types = {name: p.dtype for name, p in student.named_parameters()}
-        self.trainable_counts = select_trainable(student, recovery.trainable)
+        self._folder = folder
+        self._domains = domains
+        # Before adapters are wrapped around what they hold.
+        layers = find_moe_layers(student)
+        # Made once: the curve of a validation before training goes on in the training.
+        self._callbacks = [
+            RandomState(),
+            RouterMonitor(layers),
+            Curve(folder / "curve.json"),
+            *checkpoint_callbacks(folder, recovery.checkpoint_every, recovery.patience),
+        ]
+        self._losses = Losses(
+            student, layers, recovery.objectives, assignments, reduce=self._sum_over_processes
+        )
+        self._groups = prepare_training(
+            student, recovery.trainable, recovery.lora, learning_rate=recovery.learning_rate
+        )
+        set_modes(student, gradient_checkpointing=recovery.gradient_checkpointing)
+        self.trainable_counts = {group.name: group.num_parameters for group in self._groups}
         self.strict_loading = False
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        # Not in on_save_checkpoint: in slices, the whole model would be gathered before it.
+        self.register_state_dict_post_hook(keep_trained)  # type: ignore[no-untyped-call]  # torch
 
-    def finished_student(self) -> PreTrainedModel:
-        """The student, its weights in the types in which they came."""
-        for name, parameter in self.student.named_parameters():
-            parameter.data = parameter.data.to(self._loaded_types[name])
-        return self.student
+    @property
+    def teacher(self) -> Teacher:
+        """The original, or its answers."""
+        return self._teacher
 
-    def setup(self, stage: str) -> None:
-        """Moves the teacher to the device where the student is trained."""
-        self._teacher.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]  # transformers 5.23
+    @torch.no_grad()
+    def trained_state(self) -> dict[str, Tensor]:
+        """Copies of what is trained, by their names in the student."""
+        named = self.student.named_parameters()
+        return {name: p.detach().cpu().clone() for name, p in named if p.requires_grad}
+
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `trained_state` gave."""
+        load_trained(self.student, state)
+
+    def configure_model(self) -> None:
+        """Brings the teacher to the device, and shares both models out where that is asked for."""
+        self._teacher.place(self.trainer.strategy.root_device)
+        if self.device_mesh is not None:
+            # Each time: validation leaves what lies outside the layers whole.
+            shard(self.student, self.device_mesh["data_parallel"])
 
     def teardown(self, stage: str) -> None:
         """Takes the teacher off the device."""
-        self._teacher.cpu()
+        self._teacher.place(torch.device("cpu"))
 
     def configure_callbacks(self) -> list[Callback]:
-        """Keeps the best student by validation KL, and the newest; draws what the routers do."""
-        best = ModelCheckpoint(
-            dirpath=self._checkpoints,
-            filename="best",
-            monitor="valid/kl",
-            save_last=True,
-            enable_version_counter=False,
-        )
-        return [best, RouterMonitor()]
+        """Keeps the newest and the best student, all it needs to go on, and what routers do."""
+        return self._callbacks
 
-    def _both_logits(
-        self, batch: dict[str, Tensor]
-    ) -> tuple[Float[Tensor, "batch sequence vocab"], Float[Tensor, "batch sequence vocab"]]:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.no_grad():
-            wanted = self._teacher(**inputs, use_cache=False).logits
-        return wanted, self.student(**inputs, use_cache=False).logits
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        summed: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        return summed
+
+    def on_train_start(self) -> None:
+        """Starts the sums of a step, and the clock."""
+        self._start_step()
+
+    def _start_step(self) -> None:
+        count = len(self._losses.names) + 2
+        self._sums = torch.zeros(count, dtype=torch.float64, device=self.device)
+        self._num_positions = 0
+        self._started = time.monotonic()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Float[Tensor, ""]:
-        """Mean KL to the teacher over the tokens of the batch."""
-        wanted, found = self._both_logits(batch)
-        divergence = kl_divergence(wanted, found, self._recovery.temperature)
-        real = batch["attention_mask"].bool()
-        loss: Tensor = divergence[real].mean()
-        if not bool(loss.isfinite()):
-            documents = sorted(set(batch["document"][real].tolist()))
-            raise InputError(
-                f"the loss is {loss.item()} at step {self.global_step} (documents {documents}); "
-                "lower model.recovery.learning_rate"
-            )
-        self.log("train/kl", loss, prog_bar=True)
-        self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]  # one
-        return loss
+        """The weighted objectives summed over the tokens of the batch, for each of its positions.
+
+        Raises:
+            InputError: It is no finite number.
+        """
+        loss = self._losses(self._teacher, batch)
+        if not bool(loss.total.isfinite()):
+            self._refuse(batch, loss.total)
+        totals = [loss.total.detach().double(), *loss.sums.values()]
+        tokens = torch.tensor(loss.num_tokens, dtype=torch.float64, device=self.device)
+        self._sums += torch.stack([*totals, tokens])
+        # Known before the tokens of the other processes are: made good before the step.
+        self._num_positions += batch["input_ids"].numel()
+        return loss.total / batch["input_ids"].numel()
+
+    def _refuse(self, batch: dict[str, Tensor], total: Tensor) -> None:
+        documents = sorted(set(batch["document"][counted_positions(batch)].tolist()))
+        last = self._folder / "last.ckpt"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        raise InputError(
+            f"the loss is {total.item()} at step {self.global_step} (documents {documents}); lower "
+            f"model.recovery.learning_rate; {kept}"
+        )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Makes the gradient that of the mean over the step's tokens, and logs the means."""
+        sums = self._sum_over_processes(self._sums)
+        num_tokens = sums[-1].clamp_min(1)
+        # Lightning divided by the batches of a step and the processes, training_step by positions.
+        factor = self._num_positions * self.trainer.world_size / num_tokens
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, float(factor))
+        means = (sums[:-1] / num_tokens).float()
+        self.log("train/loss", means[0], prog_bar=True)
+        self.log_dict({f"train/{n}": m for n, m in zip(self._losses.names, means[1:], strict=True)})
+        seconds = time.monotonic() - self._started
+        self.log("tokens/s", sums[-1].float() / seconds, prog_bar=True)
+        for group in optimizer.param_groups:
+            self.log(f"train/learning_rate/{group['name']}", group["lr"])
+        self._start_step()
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums anew, on the device of the student."""
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """Starts the sums of KL, nats and tokens of each domain anew."""
+        shape = (len(_JUDGED) + 1, len(self._domains))
+        self._judged = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds up KL to the teacher and the student's negative log-likelihood, token by token."""
-        wanted, found = self._both_logits(batch)
-        real = batch["attention_mask"].bool() & batch["valid"][:, None]
-        real = real[:, 1:] & real[:, :-1]
-        divergence = kl_divergence(wanted[:, :-1], found[:, :-1])[real].double().sum()
-        nll = token_nll(found[:, :-1], batch["input_ids"][:, 1:])[real].double().sum()
-        self._sums += torch.stack([divergence, nll, real.sum().double()])
+        found = position_values(self.student, self._teacher, batch, _JUDGED)
+        values = torch.cat([found.values.double(), torch.ones_like(found.values[:1]).double()])
+        self._judged.index_add_(1, batch["domain"][found.rows], values)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the means over the tokens of all processes."""
-        sums = self.trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
-        kl, nll = sums[:2] / sums[2]
+        """Logs the means over the tokens of all processes, over domains and of each.
+
+        Raises:
+            InputError: A domain has no token to predict.
+        """
+        kl, nll, tokens = self._sum_over_processes(self._judged)
+        for domain in [d for d, n in zip(self._domains, tokens.tolist(), strict=True) if not n]:
+            raise InputError(
+                f"the validation text of {domain} has no token to predict; give it longer "
+                "documents, or leave the domain out of data.domains"
+            )
+        kl, nll = kl / tokens, nll / tokens
         # The same on every process; without sync_dist Lightning advises to set it.
-        self.log("valid/kl", kl.float(), prog_bar=True, sync_dist=True)
-        self.log("valid/perplexity", nll.exp().float(), prog_bar=True, sync_dist=True)
+        self.log("valid/kl", kl.mean().float(), prog_bar=True, sync_dist=True)
+        self.log("valid/perplexity", nll.mean().exp().float(), prog_bar=True, sync_dist=True)
+        if len(self._domains) > 1:
+            for number, domain in enumerate(self._domains):
+                self.log(f"valid/kl/{domain}", kl[number].float(), sync_dist=True)
+                perplexity = nll[number].exp().float()
+                self.log(f"valid/perplexity/{domain}", perplexity, sync_dist=True)
+        # What validation took is no time of a step.
+        self._started = time.monotonic()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the trainable parameters, with warm-up and decay to zero at the last step."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self._recovery.learning_rate)
+        # By name: sharing a model out puts other parameters in their place.
+        now = dict(self.student.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [now[name] for name in g.parameters], "lr": g.learning_rate, "name": g.name}
+            for g in self._groups
+        ]
+        optimizer = torch.optim.Adam(groups, lr=self._recovery.learning_rate)
 
         def factor(step: int) -> float:
             # A plain function: of a method torch would store the attributes in checkpoints.
@@ -180,25 +244,51 @@ class RecoveryModule(LightningModule):
         is_linear = self._recovery.schedule == "linear"
         return 1 - done if is_linear else (1 + math.cos(math.pi * done)) / 2
 
-    def _trainable_names(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
+    def _described(self) -> dict[str, Any]:
+        """What a checkpoint and the run that goes on from it must have in common."""
+        trained = sorted(n for n, p in self.student.named_parameters() if p.requires_grad)
+        # The optimizer's state is kept by other numbers where the model is in slices.
+        return {"trained": trained, "in_slices": self.device_mesh is not None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what training does not change."""
-        names = self._trainable_names()
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in sorted(names)}
+        """Notes what is trained."""
+        checkpoint["recovery"] = self._described()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the checkpoint with the student.
 
         Raises:
-            InputError: It lacks a parameter that is trained, or holds another.
+            InputError: It lacks a parameter that is trained, holds another, or is of a model that
+                was shared out otherwise.
         """
-        differ = self._trainable_names() ^ checkpoint["state_dict"].keys()
+        there, here = checkpoint["recovery"], self._described()
+        differ = set(there["trained"]) ^ set(here["trained"])
         if differ:
-            part = re.sub(r"^student\.", "", min(differ))
             raise InputError(
-                f"the checkpoint is of a run that trained other parameters (such as {part}); "
-                "resume with the same model.recovery.trainable, or start afresh"
+                f"the checkpoint is of a run that trained other parameters (such as "
+                f"{min(differ)}); resume with the same model.recovery.trainable, or start afresh"
             )
+        if there["in_slices"] != here["in_slices"]:
+            raise InputError(
+                "the checkpoint is of a run under another trainer.strategy; resume with the same"
+            )
+
+
+def keep_trained(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Leaves out of a state what training does not change; the hook of a state_dict."""
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    for name in [name for name in state if name not in trained]:
+        del state[name]
+
+
+@torch.no_grad()
+def load_trained(student: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts trained tensors into a student, in place; weights keep their types.
+
+    Args:
+        student: The student.
+        state: Tensors by their names in it.
+    """
+    parameters = dict(student.named_parameters())
+    for name, tensor in state.items():
+        parameters[name].copy_(tensor)

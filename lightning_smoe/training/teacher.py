@@ -9,16 +9,18 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import flat_positions
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.targets import FullTokens, TeacherTokens, TopTokens
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.head import final_states, logits_of
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.placement import PlacedModel
+from lightning_smoe.models.sharding import shard
 from lightning_smoe.training.cache_plan import TeacherCache
-from lightning_smoe.training.positions import flat_positions
 from lightning_smoe.training.signals import LayerRecorder, LayerSignals, Signal
 from lightning_smoe.training.teacher_cache import CacheFolder
 from lightning_smoe.training.teacher_shards import ShardFile
@@ -34,8 +36,8 @@ class TeacherOptions:
 
     Args:
         dtype: Type of its weights; same takes model.dtype.
-        placement: Where its decoder layers are: on the device, or in main memory, from where one
-            at a time is brought to the device (offload).
+        placement: Where its decoder layers are: on the device; in main memory, from where one at a
+            time is brought to the device (offload); or a slice on each process's device (sharded).
         quantize: int8 holds the matrices of its decoder layers in 8 bits with a scale for each
             output channel: about a quarter of float32's memory.
         cache: What is kept of its answers by the verb cache, which are then learned from in its
@@ -43,9 +45,13 @@ class TeacherOptions:
     """
 
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
-    placement: Literal["device", "offload"] = "device"
+    placement: Literal["device", "offload", "sharded"] = "device"
     quantize: Literal["none", "int8"] = "none"
     cache: TeacherCache | None = None
+
+    def __post_init__(self) -> None:
+        if self.placement == "sharded" and self.quantize != "none":
+            raise ValueError("a sharded teacher cannot be quantised; set teacher.quantize to none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +119,8 @@ class LiveTeacher(Teacher):
         options: TeacherOptions = TeacherOptions(),
         signals: Collection[Signal] = (),
     ) -> None:
-        self.model = model
+        self.model, self._options = model, options
+        self._mesh: DeviceMesh | None = None
         self._recorder = LayerRecorder(model, find_moe_layers(model), signals) if signals else None
         self._placed = PlacedModel(
             model, offload=options.placement == "offload", rounded=options.quantize == "int8"
@@ -131,20 +138,29 @@ class LiveTeacher(Teacher):
 
     def place(self, device: torch.device) -> None:
         """Moves the model; layers that are offloaded stay in main memory."""
-        self._placed.place(device)
+        if self._options.placement != "sharded":
+            self._placed.place(device)
+            return
+        if self._mesh is None:
+            number = torch.distributed.get_world_size()
+            self._mesh = init_device_mesh(device.type, (number,))
+        # Each time: being asked leaves what lies outside the layers whole.
+        shard(self.model, self._mesh)
 
     @torch.no_grad()
     def answer(
         self, batch: Batch, counted: Bool[Tensor, "batch sequence"], split: str, layers: bool
     ) -> TeacherAnswer:
         """Runs the model up to its head."""
+        # First: it waits for the device.
+        positions = flat_positions(counted)
         signals: dict[str, LayerSignals] | None = None
         if layers and self._recorder is not None:
             with self._recorder.recording(counted) as signals:
                 states = final_states(self.model, batch)
         else:
             states = final_states(self.model, batch)
-        states = states.flatten(0, 1).index_select(0, flat_positions(counted))
+        states = states.flatten(0, 1).index_select(0, positions)
 
         @torch.no_grad()
         def tokens(rows: slice) -> TeacherTokens:

@@ -10,7 +10,7 @@ import yaml
 
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.experiment import Experiment
-from lightning_smoe.training.recovery import Recovery
+from lightning_smoe.training.options import Recovery
 from tests.cli.command import EXPERIMENT_VERBS, LOOKING_VERBS, VERBS, Workplace, check_refusal
 
 SHIPPED = Path(__file__).parents[2] / "configs"

@@ -23,7 +23,7 @@ def first_layer(model: PreTrainedModel) -> tuple[MoELayer, Tensor, Callable[[], 
     """The first block, which positions are tokens, and a run of its decoder layer."""
     layer, windows = find_moe_layers(model)[0], random_windows()
     mask = windows.attention_mask
-    batch = embed(model, windows.input_ids, mask, mask.bool())
+    batch = embed(model, windows.tensors(), mask.bool())
     decoder = decoder_layers(model)[layer.index]
     return layer, mask.bool(), lambda: run_layer(decoder, batch, layer.index)
 

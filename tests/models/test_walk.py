@@ -41,7 +41,7 @@ def test_every_layer_of_a_padded_batch_gives_the_states_of_the_models_own_forwar
     tiny_moe: PreTrainedModel, padded: dict[str, Tensor]
 ) -> None:
     expected, _ = layer_outputs(tiny_moe, padded)
-    batch = embed(tiny_moe, **padded, is_token=padded["attention_mask"].bool())
+    batch = embed(tiny_moe, padded, is_token=padded["attention_mask"].bool())
     for index, layer in enumerate(decoder_layers(tiny_moe)):
         batch.states = run_layer(layer, batch, index)
         torch.testing.assert_close(batch.states, expected[index], rtol=0, atol=0)
@@ -59,7 +59,7 @@ def test_the_states_that_wait_are_the_first_layers_input(
         tiny_moe(**padded)
     hook.remove()
     is_token = padded["attention_mask"].bool()
-    batch = embed(tiny_moe, **padded, is_token=is_token)
+    batch = embed(tiny_moe, padded, is_token=is_token)
     torch.testing.assert_close(batch.states, seen[0], rtol=0, atol=0)
     assert batch.is_token is is_token
 
@@ -68,7 +68,7 @@ def test_the_models_forward_is_restored(
     tiny_moe: PreTrainedModel, padded: dict[str, Tensor]
 ) -> None:
     _, before = layer_outputs(tiny_moe, padded)
-    embed(tiny_moe, **padded, is_token=padded["attention_mask"].bool())
+    embed(tiny_moe, padded, is_token=padded["attention_mask"].bool())
     assert not any("forward" in vars(layer) for layer in decoder_layers(tiny_moe))
     _, after = layer_outputs(tiny_moe, padded)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
@@ -78,13 +78,13 @@ def test_the_models_forward_is_restored_when_it_fails(padded: dict[str, Tensor])
     model = build("qwen3_moe")
     padded["input_ids"][0, 0] = 10**6
     with pytest.raises(IndexError, match="out of range"):
-        embed(model, **padded, is_token=padded["attention_mask"].bool())
+        embed(model, padded, is_token=padded["attention_mask"].bool())
     assert not any("forward" in vars(layer) for layer in decoder_layers(model))
 
 
 def test_a_walk_records_no_gradients(padded: dict[str, Tensor]) -> None:
     model = build("mixtral")
-    batch = embed(model, **padded, is_token=padded["attention_mask"].bool())
+    batch = embed(model, padded, is_token=padded["attention_mask"].bool())
     assert not batch.states.requires_grad
     assert not run_layer(decoder_layers(model)[0], batch, 0).requires_grad
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.data.samplers import WindowDataset
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.functional.divergence import log_probabilities
 from lightning_smoe.functional.targets import TeacherTokens
 from lightning_smoe.training.cache_module import write_cache
 from lightning_smoe.training.cache_plan import TeacherCache, planned_cache
-from lightning_smoe.training.positions import counted_positions
 from lightning_smoe.training.teacher import LiveTeacher, Teacher
 from lightning_smoe.training.teacher_cache import CacheFolder
 from tests.families import build

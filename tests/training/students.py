@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.training.recovery import Recovery, RecoveryModule
+from lightning_smoe.training.options import Recovery
+from lightning_smoe.training.recovery import RecoveryModule
+from lightning_smoe.training.teacher import LiveTeacher
 from tests.families import build
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
@@ -71,10 +73,18 @@ def trainer(max_steps: int, **options: Any) -> Trainer:
     return Trainer(**(settings | options))
 
 
-def module(folder: Path, family: str = "qwen2_moe", **recovery: Any) -> RecoveryModule:
+def module(
+    folder: Path,
+    family: str = "qwen2_moe",
+    *,
+    domains: Sequence[str] = ("arith", "lit"),
+    **recovery: Any,
+) -> RecoveryModule:
     """A recovery of a fresh student."""
     options: dict[str, Any] = {"warmup_steps": 1}
-    return RecoveryModule(*pair(family), Recovery(**(options | recovery)), folder)
+    student, teacher = pair(family)
+    chosen = Recovery(**(options | recovery))
+    return RecoveryModule(student, LiveTeacher(teacher), chosen, folder, domains=domains)
 
 
 def hashes(model: nn.Module) -> dict[str, str]:
@@ -86,17 +96,20 @@ def hashes(model: nn.Module) -> dict[str, str]:
 
 
 class Note(Callback):
-    """Notes the loss and the learning rate of every step."""
+    """Notes the loss of every step, and the learning rate of every batch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[float] = []
+        self._step = 0
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.losses.append(trainer.callback_metrics["train/kl"].item())
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
 def fit(

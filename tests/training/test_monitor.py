@@ -36,14 +36,16 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
 
 def test_every_curve_has_its_points(events: EventAccumulator) -> None:
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    by_layer = [f"router/{kind}/{n}" for kind in ("entropy", "unused_experts") for n in LAYERS]
-    for tag in ("train/kl", "train/learning_rate"):
+    kinds = ("entropy", "unused_experts", "drift")
+    by_layer = {f"router/{kind}/{name}" for kind in kinds for name in LAYERS}
+    judged = {f"valid/{kind}" for kind in ("kl", "perplexity")}
+    judged |= {f"{tag}/{domain}" for tag in judged for domain in ("arith", "lit")}
+    trained = {"train/loss", "train/forward_kl", "train/learning_rate/router", "tokens/s"}
+    for tag in trained:
         assert steps[tag] == [0, 1, 2, 3]
-    for tag in ("valid/kl", "valid/perplexity", *by_layer):
+    for tag in judged | by_layer:
         assert steps[tag] == [1, 3]
-    assert steps.keys() - {"epoch"} == {
-        "train/kl", "train/learning_rate", "valid/kl", "valid/perplexity", *by_layer,
-    }  # fmt: skip
+    assert steps.keys() - {"epoch"} == trained | judged | by_layer
     values = [event.value for tag in steps for event in events.Scalars(tag)]
     assert all(map(math.isfinite, values))
 
@@ -104,6 +106,17 @@ def documents(folder: Path) -> None:
         (folder / "valid" / f"{domain}.txt").write_text("\x1e".join(lines))
 
 
+def test_drift_is_how_far_rows_went_relative_to_their_length(tmp_path: Path) -> None:
+    recovery = module(tmp_path, learning_rate=0.01)
+    before = [layer.router.weight.detach().clone() for layer in find_moe_layers(recovery.student)]
+    engine, _ = fit(recovery, text(), 4)
+    for layer, start in zip(find_moe_layers(recovery.student), before, strict=True):
+        drift = (layer.router.weight.detach() - start).norm() / start.norm()
+        found = engine.callback_metrics[f"router/drift/{layer.name}"]
+        assert found.item() == pytest.approx(drift.item(), rel=1e-5)
+        assert found > 0
+
+
 def test_no_hook_stays_behind(tmp_path: Path) -> None:
     recovery = module(tmp_path)
     fit(recovery, text(), 2)
@@ -113,7 +126,7 @@ def test_no_hook_stays_behind(tmp_path: Path) -> None:
 
 def test_the_picture_has_a_row_a_layer_also_where_counts_differ() -> None:
     even = torch.tensor([1.0, 0.5, 1.5, 1.0], dtype=torch.float64)
-    figure = draw_loads([("student.model.layers.0.mlp", even), ("model.layers.2.mlp", even[:2])])
+    figure = draw_loads([("model.layers.0.mlp", even), ("model.layers.2.mlp", even[:2])])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(LAYERS)
     shown: Any = axes.images[0].get_array()

@@ -12,11 +12,15 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.perplexity import EvaluationModule
-from lightning_smoe.training.recovery import Recovery, RecoveryModule
+from lightning_smoe.training.objectives import ForwardKL
+from lightning_smoe.training.options import Recovery
+from lightning_smoe.training.recovery import RecoveryModule
+from lightning_smoe.training.teacher import LiveTeacher
 from lightning_smoe.training.trainable import select_trainable
 from tests.training.students import QUIET, fit, hashes, module, pair, text, trainer
 
 pytestmark = QUIET
+DOMAINS = ("arith", "lit")
 ROUTER = ("mlp.gate.weight",)
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 SHARED = (
@@ -31,12 +35,12 @@ SHARED = (
 def looped_loss(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], temperature: float
 ) -> float:
-    """Mean over the tokens of T^2 KL(softmax(teacher / T) || softmax(student / T))."""
+    """Mean of T^2 KL(softmax(teacher / T) || softmax(student / T)) where a token follows."""
     divergences: list[float] = []
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         tokens = ids[mask.bool()][None]
-        wanted = (teacher(tokens).logits[0].double() / temperature).log_softmax(-1)
-        found = (student(tokens).logits[0].double() / temperature).log_softmax(-1)
+        wanted = (teacher(tokens).logits[0, :-1].double() / temperature).log_softmax(-1)
+        found = (student(tokens).logits[0, :-1].double() / temperature).log_softmax(-1)
         for p, q in zip(wanted, found, strict=True):
             divergences.append(temperature**2 * sum((p.exp() * (p - q)).tolist()))
     return sum(divergences) / len(divergences)
@@ -51,7 +55,7 @@ def test_the_loss_is_the_mean_divergence_over_the_tokens_of_the_batch(
     batch = next(iter(text(**options).train_dataloader()))
     assert bool(batch["attention_mask"].all()) == packed
     expected = looped_loss(*pair("qwen2_moe"), batch, temperature)
-    recovery = module(tmp_path, temperature=temperature)
+    recovery = module(tmp_path, objectives=(ForwardKL(temperature=temperature),))
     _, note = fit(recovery, text(**options), 1, limit_val_batches=0)
     # A divergence in float32 is off by 1e-7, before it is multiplied by the squared temperature.
     assert note.losses == [pytest.approx(expected, abs=5e-7 * temperature**2)]
@@ -73,6 +77,7 @@ def short_documents(folder: Path) -> dict[str, Any]:
         (("shared",), SHARED),
         (("router", "shared"), ROUTER + SHARED),
         (("all",), None),
+        (("router+shared",), ROUTER + SHARED),
         (("router", "all"), None),
     ],
 )
@@ -128,7 +133,9 @@ def test_the_teacher_never_changes_and_gets_no_gradient(tmp_path: Path) -> None:
     student, teacher = pair("qwen2_moe")
     teacher.train()
     before = hashes(teacher)
-    recovery = RecoveryModule(student, teacher, Recovery(trainable=("all",)), tmp_path)
+    recovery = RecoveryModule(
+        student, LiveTeacher(teacher), Recovery(trainable=("all",)), tmp_path, domains=DOMAINS
+    )
     fit(recovery, text(), 3)
     assert hashes(teacher) == before
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -139,12 +146,13 @@ def test_the_teacher_never_changes_and_gets_no_gradient(tmp_path: Path) -> None:
 def test_checkpoints_hold_trainable_parameters_and_no_teacher(tmp_path: Path) -> None:
     recovery = module(tmp_path, trainable=("router", "experts"))
     fit(recovery, text(), 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    names = sorted(path.name for path in tmp_path.glob("*"))
+    assert names == ["best.ckpt", "curve.json", "last.ckpt"]
     expected = {
         f"student.model.layers.{layer}.{name}" for layer in (0, 2) for name in ROUTER + EXPERTS
     }
     trained = sum(recovery.trainable_counts.values())
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
         assert checkpoint["state_dict"].keys() == expected
         (optimizer,) = checkpoint["optimizer_states"]
@@ -161,7 +169,7 @@ def test_divergence_falls_when_one_batch_is_learned(tmp_path: Path) -> None:
 
 
 def test_validation_measures_what_the_evaluation_measures(tmp_path: Path) -> None:
-    recovery = module(tmp_path)
+    recovery = module(tmp_path, domains=("lit",))
     data = text(domains=["lit"], valid_tokens=5 * 32)
     engine = trainer(1)
     (found,) = engine.validate(recovery, datamodule=data, verbose=False)
@@ -196,10 +204,13 @@ def test_a_loss_that_is_no_number_stops_with_step_and_documents(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"trainable": ()}, "trainable is empty; name router, experts, shared or all"),
-        ({"learning_rate": 0.0}, "learning_rate and temperature must be above 0"),
-        ({"learning_rate": math.nan}, "learning_rate and temperature must be above 0"),
-        ({"temperature": -1.0}, "learning_rate and temperature must be above 0"),
+        ({"trainable": ()}, "trainable is empty; name router"),
+        ({"trainable": ("(",)}, "no regular expression"),
+        ({"objectives": ()}, "objectives is empty; name one, such as ForwardKL"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be above 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 must be 1 or more"),
+        ({"patience": 0}, "patience=0 must be 1 or more"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 or more"),
     ],
 )

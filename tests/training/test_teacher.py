@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_smoe.data.positions import counted_positions
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.training.objectives import ForwardKL, TopKKL
-from lightning_smoe.training.positions import counted_positions
 from lightning_smoe.training.teacher import CachedTeacher, LiveTeacher, TeacherOptions
 from tests.families import build
 from tests.training.caches import (
