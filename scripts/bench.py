@@ -3,6 +3,8 @@
     python scripts/bench.py calibration
     python scripts/bench.py plan --rounds 1
     python scripts/bench.py pairs --rounds 1
+    python scripts/bench.py recovery --rounds 3
+    python scripts/bench.py recovery-memory
 
 The unit is CPU-seconds of this process (all threads), the median over rounds in which the
 candidates take turns.
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_recovery
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -82,6 +85,12 @@ def pairs(rounds: int) -> None:
         "loop over pairs": loop,
     }
     show("outputs of 60 experts, 512 tokens, hidden size 2048", measure(candidates, rounds))
+
+
+def recovery(rounds: int) -> None:
+    """Compares fit with a bare PyTorch loop that does the same passes."""
+    title, candidates = bench_recovery.loops()
+    show(title, measure(candidates, rounds))
 
 
 def random_evidence(num_experts: int, width: int, hidden: int, num_tokens: int) -> Evidence:
@@ -159,12 +168,20 @@ def show(title: str, times: dict[str, list[float]]) -> None:
 
 def main() -> None:
     """Runs one benchmark."""
-    benchmarks = {"calibration": calibration, "plan": plan, "pairs": pairs}
+    benchmarks: dict[str, Callable[[int], None]] = {
+        "calibration": calibration,
+        "plan": plan,
+        "pairs": pairs,
+        "recovery": recovery,
+        "recovery-memory": lambda _: bench_recovery.memory(),
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=list(benchmarks))
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, at least 1")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
+    warnings.filterwarnings(
+        "ignore", ".*does not have many workers.*|.*LeafSpec.*|.*in eval mode.*|.*exists and is not.*"
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     benchmarks[options.benchmark](options.rounds)

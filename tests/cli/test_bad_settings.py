@@ -49,11 +49,15 @@ def test_layers_that_are_not_there_are_refused(layers: str, match: str, work: Wo
 @pytest.mark.parametrize(
     ("word", "match"),
     [
-        ("--model.recovery.learning_rate=-1", r"learning_rate and temperature must be above 0"),
-        ("--model.recovery.temperature=0", r"learning_rate and temperature must be above 0"),
+        ("--model.recovery.learning_rate=-1", r"learning_rate=-1.0 must be above 0"),
+        (
+            "--model.recovery.objectives=[{class_path: lightning_smoe.training.objectives.ForwardKL, "
+            "init_args: {temperature: 0}}]",
+            r"weight and temperature must be above 0",
+        ),
         ("--model.recovery.warmup_steps=-2", r"warmup_steps=-2 must be 0 or more"),
-        ("--model.recovery.trainable=[]", r"trainable is empty; name router, experts, shared"),
-        ("--model.recovery.trainable=[gate]", r"'router', 'experts', 'shared', 'all'.*gate"),
+        ("--model.recovery.trainable=[]", r"trainable is empty; name router, norm, shared"),
+        ("--model.recovery.trainable=[(gate]", r"no regular expression either"),
         ("--model.recovery.trainable=router", r"model\.recovery\.trainable"),
         ("--model.recovery.schedule=step", r"model\.recovery\.schedule[\s\S]*step"),
         ("--model.recipe.refit.strength=0", r"strength=0\.0 must be"),

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PREFIX = "python -m lightning_smoe "
 LESS = {
+    "data.train_tokens": 16384,
     "data.calib_tokens": 2048,
     "data.valid_tokens": 2048,
     "data.test_tokens": 2048,
@@ -42,7 +43,7 @@ def clone(tmp_path: Path) -> Path:
 
 def test_readme_has_commands_for_its_own_verbs() -> None:
     verbs = {shlex.split(line)[0] for block in blocks() for line in block}
-    assert verbs >= {"inspect", "generate", "plan", "fit", "sweep", "compare"}
+    assert verbs >= {"inspect", "generate", "plan", "cache", "fit", "sweep", "compare"}
 
 
 @pytest.mark.slow
