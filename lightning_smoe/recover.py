@@ -15,9 +15,9 @@ from torch import Tensor
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import Manifest, write_json
 from lightning_smoe.models.checkpoint import load, outline
-from lightning_smoe.models.head import check_isolates
+from lightning_smoe.models.head import check_isolates, vocab_size_of
 from lightning_smoe.pipeline import compress, running_step, save_result
-from lightning_smoe.teaching import make_cache, open_teacher
+from lightning_smoe.teaching import check_cached, make_cache, open_teacher
 from lightning_smoe.training.adapters import merge_trained
 from lightning_smoe.training.keeping import checkpoint_bytes
 from lightning_smoe.training.layer_objectives import LayerObjective
@@ -102,14 +102,7 @@ def _check_recovery(work: Workspace) -> None:
     groups = find_trained(model, recovery.trainable, recovery.learning_rate)
     if recovery.lora is not None:
         check_lora(model, recovery.lora, groups)
-    of_layers = [o.name for o in recovery.objectives if isinstance(o, LayerObjective)]
-    asking = "model.recovery.layerwise" if recovery.layerwise is not None else ""
-    asking = of_layers[0] if of_layers else asking
-    if recovery.teacher.cache is not None and asking:
-        raise InputError(
-            f"{asking} compares what layers do, which a cache of the teacher does not hold; set "
-            "model.recovery.teacher.cache to null, or take it away"
-        )
+    check_cached(recovery, vocab_size_of(model))
 
 
 def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
@@ -146,7 +139,8 @@ def _train(trainer: Trainer, work: Workspace, wanted: Manifest, resume: Path | N
     student = load(work.compressed_path, work.dtype)
     if any(work.data.windows(split).isolated for split in ("train", "valid")):
         check_isolates(student)
-    signals = {s for o in recovery.objectives if isinstance(o, LayerObjective) for s in o.signals}
+    of_layers = [o for o in recovery.objectives if isinstance(o, LayerObjective)]
+    signals = {signal for o in of_layers if o.needs_teacher for signal in o.signals}
     teacher = open_teacher(work, signals)
     module = RecoveryModule(
         student,
@@ -205,7 +199,9 @@ def _best(trainer: Trainer) -> float:
 def _finish(work: Workspace, wanted: Manifest, kl: tuple[float, float], num_steps: int) -> None:
     """Writes recovered/: the best student, or the weights before training if it is no better."""
     start, best = kl
-    recovery = work.experiment.recovery
+    recovery, adapter = work.experiment.recovery, work.folder / "adapter"
+    # One of another training would not lead to what is written here.
+    shutil.rmtree(adapter, ignore_errors=True)
     student = load(work.compressed_path, work.dtype)
     if best < start:
         state = torch.load(work.training_path / "best.ckpt", "cpu", weights_only=True)["state_dict"]
@@ -216,7 +212,7 @@ def _finish(work: Workspace, wanted: Manifest, kl: tuple[float, float], num_step
         if recovery.lora is None:
             load_trained(student, state)
         else:
-            adapter, adapted = work.folder / "adapter", str(work.compressed_path.resolve())
+            adapted = str(work.compressed_path.resolve())
             merge_trained(student, recovery.lora, state, adapter=adapter, adapted=adapted)
     else:
         steps = ["Training against the original did not help: these are the weights before it."]

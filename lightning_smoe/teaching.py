@@ -12,12 +12,17 @@ from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.head import vocab_size_of
 from lightning_smoe.training.cache_module import write_cache
 from lightning_smoe.training.cache_plan import TeacherCache, planned_cache
+from lightning_smoe.training.layer_objectives import LayerObjective
+from lightning_smoe.training.objectives import TopKKL
+from lightning_smoe.training.options import Recovery
 from lightning_smoe.training.signals import Signal
 from lightning_smoe.training.teacher import CachedTeacher, LiveTeacher, Teacher
 from lightning_smoe.training.teacher_cache import CacheFolder
 from lightning_smoe.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+
+_CACHE = "model.recovery.teacher.cache"
 
 
 def check(work: Workspace) -> None:
@@ -30,6 +35,41 @@ def check(work: Workspace) -> None:
         raise InputError(
             "model.recovery.teacher.cache is null, so fit would not use a cache; set it, such as "
             "--model.recovery.teacher.cache '{top_k: 64}'"
+        )
+    check_cached(work.experiment.recovery, vocab_size_of(outline(work.source)))
+
+
+def check_cached(recovery: Recovery, vocab_size: int) -> None:
+    """Checks that the answers that are kept, if any are, say what is asked of them.
+
+    Args:
+        recovery: What is kept, and what is learned from it.
+        vocab_size: Tokens that the teacher tells apart.
+
+    Raises:
+        InputError: Something compares what layers do, or wants another temperature or more tokens.
+    """
+    cache = recovery.teacher.cache
+    if cache is None:
+        return
+    asking = ["model.recovery.layerwise"] if recovery.layerwise is not None else []
+    for objective in (o for o in recovery.objectives if o.needs_teacher):
+        if isinstance(objective, LayerObjective):
+            asking.append(objective.name)
+        elif objective.temperature != cache.temperature:
+            raise InputError(
+                f"{objective.name} has temperature {objective.temperature} and {_CACHE}.temperature"
+                f" is {cache.temperature}; make them the same, or set {_CACHE} to null"
+            )
+        elif isinstance(objective, TopKKL) and cache.top_k < min(objective.top_k, vocab_size):
+            raise InputError(
+                f"{objective.name} tells {objective.top_k} tokens apart and {_CACHE}.top_k is "
+                f"{cache.top_k}; lower the one, or raise the other"
+            )
+    if asking:
+        raise InputError(
+            f"{asking[0]} compares what layers do, which a cache of the teacher does not hold; set "
+            f"{_CACHE} to null, or take it away"
         )
 
 

@@ -72,19 +72,6 @@ class Teacher(ABC):
     """The original model, as a student sees it; never a part of the module that is trained."""
 
     @abstractmethod
-    def check(self, layers: bool, temperatures: Collection[float], top_k: int = 1) -> None:
-        """Checks that it can be asked what objectives need, before any work.
-
-        Args:
-            layers: Whether they compare what layers do.
-            temperatures: What objectives divide its logits of the training text by.
-            top_k: The most tokens that one of them wants named.
-
-        Raises:
-            InputError: It cannot.
-        """
-
-    @abstractmethod
     def place(self, device: torch.device) -> None:
         """Makes it ready to be asked on a device; the CPU gives the memory of another back."""
 
@@ -131,11 +118,6 @@ class LiveTeacher(Teacher):
         """Memory of the weights while they rest."""
         return self._placed.num_bytes
 
-    def check(self, layers: bool, temperatures: Collection[float], top_k: int = 1) -> None:
-        """Has an answer to everything that its layers are watched for."""
-        if layers and self._recorder is None:
-            raise ValueError("no signals of the teacher are recorded; name them when it is made")
-
     def place(self, device: torch.device) -> None:
         """Moves the model; layers that are offloaded stay in main memory."""
         if self._options.placement != "sharded":
@@ -155,7 +137,9 @@ class LiveTeacher(Teacher):
         # First: it waits for the device.
         positions = flat_positions(counted)
         signals: dict[str, LayerSignals] | None = None
-        if layers and self._recorder is not None:
+        if layers:
+            if self._recorder is None:
+                raise ValueError("no signals of the teacher are recorded; name them at its making")
             with self._recorder.recording(counted) as signals:
                 states = final_states(self.model, batch)
         else:
@@ -197,26 +181,6 @@ class CachedTeacher(Teacher):
         for file in (file for files in self._files.values() for file in files):
             file.verify()
 
-    def check(self, layers: bool, temperatures: Collection[float], top_k: int = 1) -> None:
-        """Knows distributions only, at one temperature."""
-        if layers:
-            raise InputError(
-                "an objective compares what layers do, which the cache does not hold: it needs the "
-                f"teacher itself; set {_OPTIONS} to null, or take the objective away"
-            )
-        for temperature in set(temperatures) - {self.cache.temperature}:
-            raise InputError(
-                f"an objective has temperature {temperature} and the cache of the teacher "
-                f"{self.cache.temperature}; set {_OPTIONS}.temperature to {temperature} and run "
-                "`python -m lightning_smoe cache` again, or change the objective's"
-            )
-        if self.cache.format.top_k < min(top_k, self.cache.format.vocab_size):
-            raise InputError(
-                f"an objective wants {top_k} tokens named and the cache of the teacher has "
-                f"{self.cache.format.top_k}; lower its top_k, or set {_OPTIONS}.top_k to {top_k} "
-                "and run `python -m lightning_smoe cache` again"
-            )
-
     def place(self, device: torch.device) -> None:
         """Leaves the answers on the disk."""
 
@@ -225,7 +189,10 @@ class CachedTeacher(Teacher):
     ) -> TeacherAnswer:
         """Finds where the answers lie; they are read when they are asked for."""
         if layers:
-            self.check(layers, ())
+            raise InputError(
+                "an objective compares what layers do, which the cache does not hold: it needs the "
+                f"teacher itself; set {_OPTIONS} to null, or take the objective away"
+            )
         files, windows, rows = self._files[split], [], []
         for window, asked in zip(batch["window"].tolist(), counted.cpu(), strict=True):
             found = files[window // self.cache.windows_per_shard].rows_of(window, asked)

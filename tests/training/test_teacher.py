@@ -46,14 +46,13 @@ def test_a_teacher_says_what_its_layers_did_only_if_it_was_told_to_watch() -> No
     counted = counted_positions(batch)
     model = teacher_model()
     teacher = LiveTeacher(model, signals=["router_logits"])
-    teacher.check(True, [1.0])
     signals = teacher.answer(batch, counted, "train", True).signals
     assert signals is not None
     for layer in find_moe_layers(model):
         assert signals[layer.name]["router_logits"].shape == (15, layer.num_experts)
     assert teacher.answer(batch, counted, "train", False).signals is None
     with pytest.raises(ValueError, match="no signals"):
-        LiveTeacher(model).check(True, [1.0])
+        LiveTeacher(model).answer(batch, counted, "train", True)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -145,13 +144,6 @@ def test_what_was_kept_is_refused_where_it_does_not_suffice(tmp_path: Path) -> N
     cache = plan(tmp_path / "teacher", data, top_k=5)
     fill(cache, data)
     cached = CachedTeacher(cache.path, cache.manifest)
-    cached.check(False, [1.0], 5)
-    with pytest.raises(InputError, match="needs the teacher itself"):
-        cached.check(True, [1.0])
-    with pytest.raises(InputError, match=r"temperature 2\.0 and the cache of the teacher 1\.0"):
-        cached.check(False, [1.0, 2.0])
-    with pytest.raises(InputError, match="wants 6 tokens named and the cache of the teacher has 5"):
-        cached.check(False, [1.0], 6)
     batch = batch_of(data, "train", 0)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     everywhere = torch.ones_like(batch["is_answer"])
