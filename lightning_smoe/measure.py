@@ -23,6 +23,7 @@ from lightning_smoe.functional.saliency import Frequency, Reap
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
+from lightning_smoe.models.head import check_isolates
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.stored import stored_bytes
 from lightning_smoe.workspace import Workspace
@@ -56,7 +57,10 @@ class Yardstick:
     @staticmethod
     def load(work: Workspace, split: Split = "valid") -> "Yardstick":
         """Loads an experiment's original."""
-        return Yardstick(work.source, load(work.source.path, work.dtype), work.data, split)
+        model = load(work.source.path, work.dtype)
+        if work.data.windows(split).isolated:
+            check_isolates(model)
+        return Yardstick(work.source, model, work.data, split)
 
     def judge(
         self,

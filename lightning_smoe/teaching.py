@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import DTYPES
 from lightning_smoe.models.checkpoint import load, outline
-from lightning_smoe.models.head import vocab_size_of
+from lightning_smoe.models.head import check_isolates, vocab_size_of
 from lightning_smoe.training.cache_module import write_cache
-from lightning_smoe.training.cache_plan import TeacherCache, planned_cache
+from lightning_smoe.training.cache_plan import SPLITS, TeacherCache, planned_cache
 from lightning_smoe.training.layer_objectives import LayerObjective
 from lightning_smoe.training.objectives import TopKKL
 from lightning_smoe.training.options import Recovery
@@ -97,7 +97,10 @@ def make_cache(trainer: Trainer, work: Workspace) -> None:
         logger.info("cache: %s is there already, made from the same inputs", cache.path)
         return
     start = time.monotonic()
-    write_cache(trainer, live_teacher(work), work.data, cache, overwrite=overwrite)
+    teacher = live_teacher(work)
+    if any(work.data.windows(split).isolated for split in SPLITS):
+        check_isolates(teacher.model)
+    write_cache(trainer, teacher, work.data, cache, overwrite=overwrite)
     logger.info("cache: wrote %s in %.1f s", cache.path, time.monotonic() - start)
 
 

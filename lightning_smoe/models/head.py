@@ -90,7 +90,7 @@ def check_isolates(model: PreTrainedModel) -> None:
     if (first - second).norm() > _UNCHANGED * first.norm():
         raise InputError(
             f"a {model.config.model_type} lets documents that are packed into one window see each "
-            "other; give each a window of its own"
+            "other; give each a window of its own by data.pack=false"
         )
 
 

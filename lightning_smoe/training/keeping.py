@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
@@ -22,6 +23,25 @@ def checkpoint_bytes(module: nn.Module) -> int:
     """
     trained = (p for p in module.parameters() if p.requires_grad)
     return (1 + _NUM_MOMENTS) * sum(p.numel() * p.element_size() for p in trained)
+
+
+def last_good(folder: Path, step: int) -> str:
+    """Says which checkpoint is the newest from before a step whose loss is no number.
+
+    One that was written just before it holds the weights that gave it.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Steps taken before the loss.
+    """
+    found = {
+        torch.load(path, "cpu", weights_only=True, mmap=True)["global_step"]: path
+        for path in sorted(folder.glob("*.ckpt"))
+    }
+    good = [number for number in found if number < step]
+    if good:
+        return f"the last good checkpoint is {found[max(good)]}, of step {max(good)}"
+    return "there is no checkpoint from before" if found else "there is no checkpoint"
 
 
 def checkpoint_callbacks(

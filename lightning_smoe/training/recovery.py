@@ -20,7 +20,7 @@ from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.sharding import shard
 from lightning_smoe.training.adapters import prepare_training
 from lightning_smoe.training.curve import Curve
-from lightning_smoe.training.keeping import checkpoint_callbacks
+from lightning_smoe.training.keeping import checkpoint_callbacks, last_good
 from lightning_smoe.training.losses import Losses
 from lightning_smoe.training.modes import set_modes
 from lightning_smoe.training.monitor import RouterMonitor
@@ -153,11 +153,9 @@ class RecoveryModule(LightningModule):
 
     def _refuse(self, batch: dict[str, Tensor], total: Tensor) -> None:
         documents = sorted(set(batch["document"][counted_positions(batch)].tolist()))
-        last = self._folder / "last.ckpt"
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         raise InputError(
             f"the loss is {total.item()} at step {self.global_step} (documents {documents}); lower "
-            f"model.recovery.learning_rate; {kept}"
+            f"model.recovery.learning_rate; {last_good(self._folder, self.global_step)}"
         )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -201,6 +201,16 @@ def test_a_loss_that_is_no_number_stops_with_step_and_documents(tmp_path: Path) 
     assert f"(documents {poison.documents}); lower model.recovery" in str(error.value)
 
 
+def test_the_last_checkpoint_from_before_a_loss_that_is_no_number_is_named(tmp_path: Path) -> None:
+    for folder, step, match in (
+        ("first", 1, r"there is no checkpoint$"),
+        ("next", 2, r"there is no checkpoint from before$"),
+        ("later", 3, rf"the last good checkpoint is {tmp_path}/later/\w+\.ckpt, of step 2$"),
+    ):
+        with pytest.raises(InputError, match=match):
+            fit(module(tmp_path / folder), text(), 4, callbacks=[Poison(step)])
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
