@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -47,6 +47,8 @@ class SMoETrainer(Trainer):
         for check in checks:
             check(work)
         launcher = self.strategy.launcher
+        # ModelParallelStrategy (Lightning 2.6) hands its devices to a module; loops bring their own.
+        self.strategy.connect(LightningModule())
         # Before the first look at results: a barrier does nothing until processes are joined.
         if launcher is None:
             self.strategy.setup_environment()
