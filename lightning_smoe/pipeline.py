@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.module import carry_out
 from lightning_smoe.compression.plan import CompressionPlan, note_refits
+from lightning_smoe.errors import InputError
 from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.card import model_card
@@ -156,6 +158,12 @@ def running_step(
         logger.info("%s: %s is there already, made from the same inputs", wanted.step, path)
         yield False
         return
+    if isinstance(trainer.strategy, ModelParallelStrategy) and wanted.step != "fit":
+        raise InputError(
+            f"{path} would have to be made anew (model.overwrite is "
+            f"{str(work.experiment.overwrite).lower()}), which needs whole weights; run "
+            f"{wanted.step} first, under trainer.strategy=ddp or on one device"
+        )
     start = time.monotonic()
     yield True
     trainer.strategy.barrier()
