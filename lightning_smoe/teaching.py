@@ -52,7 +52,7 @@ def check_cached(recovery: Recovery, vocab_size: int) -> None:
     cache = recovery.teacher.cache
     if cache is None:
         return
-    asking = ["model.recovery.layerwise"] if recovery.layerwise is not None else []
+    asking = []
     for objective in (o for o in recovery.objectives if o.needs_teacher):
         if isinstance(objective, LayerObjective):
             asking.append(objective.name)

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_smoe import compare, judge, pipeline, recover, show, sweep, teaching
+from lightning_smoe import compare, fit_checks, judge, pipeline, recover, show, sweep, teaching
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.tasks import TaskSuite
@@ -80,7 +80,7 @@ class SMoETrainer(Trainer):
 
     def _check_devices(self, in_slices: bool) -> None:
         if isinstance(self.strategy, ModelParallelStrategy) and in_slices:
-            recover.check_slices(self.strategy)
+            fit_checks.check_slices(self.strategy)
         elif not isinstance(self.strategy, SingleDeviceStrategy | DDPStrategy):
             raise InputError(
                 f"trainer.strategy={type(self.strategy).__name__} shares out single weights, which "
@@ -166,7 +166,7 @@ class SMoETrainer(Trainer):
                 experiment; null goes on only where a run with the same inputs was cut off.
         """
         splits = ("train", "calib", "valid", "test")
-        check = partial(recover.check_training, self, ckpt_path=ckpt_path)
+        check = partial(fit_checks.check_training, self, ckpt_path=ckpt_path)
         checks = (judge.check_others, check)
         with self._settling(model, datamodule, splits, *checks, in_slices=True) as work:
             recover.recover(self, work, ckpt_path)

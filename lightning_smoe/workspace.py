@@ -202,7 +202,7 @@ class Workspace:
         compressed = found_manifest(self.compressed_path)
         inputs = {
             "compressed": "" if compressed is None else compressed.digest,
-            "recovery": to_spec(self.experiment.recovery),
+            "recovery": to_spec(self.experiment.recovery.deciding),
             "training text": self.data.fingerprint("train"),
             "validation text": self.data.fingerprint("valid"),
             "batch_size": self.data.batch_size,

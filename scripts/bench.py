@@ -180,7 +180,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, at least 1")
     options = parser.parse_args()
     warnings.filterwarnings(
-        "ignore", ".*does not have many workers.*|.*LeafSpec.*|.*in eval mode.*|.*exists and is not.*"
+        "ignore",
+        ".*does not have many workers.*|.*LeafSpec.*|.*in eval mode.*|.*exists and is not.*",
     )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()

@@ -83,7 +83,7 @@ def is_current(path: Path, found: Manifest | None, wanted: Manifest, overwrite: 
         return False
     if found is not None and found.digest == wanted.digest:
         return True
-    changed = [] if found is None else _differences(found.inputs, wanted.inputs)
+    changed = [] if found is None else differences(found.inputs, wanted.inputs)
     reason = f" (different: {', '.join(changed)})" if changed else ""
     raise InputError(
         f"{path} holds the result of another run{reason}; name another model.output_dir, "
@@ -91,7 +91,8 @@ def is_current(path: Path, found: Manifest | None, wanted: Manifest, overwrite: 
     )
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Names of inputs that are not the same."""
     return sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
 
 

@@ -65,16 +65,6 @@ class PlacedModel:
         }
         return sum(outside.values()) + sum(layer.num_bytes for layer in self._layers)
 
-    def release(self) -> None:
-        """Takes the hooks away and gives every layer its own tensors back.
-
-        Raises:
-            ValueError: They were rounded.
-        """
-        for layer in self._layers:
-            layer.release()
-        self._layers.clear()
-
 
 class _RestingLayer:
     """One decoder layer, which has its weights only while it runs."""
@@ -84,13 +74,11 @@ class _RestingLayer:
         self._own = [held for module in layer.modules() for held in _tensors_of(module)]
         self._resting: list[RestingTensor] = [WholeTensor(t.detach()) for _, _, t in self._own]
         self._device = torch.device("cpu")
-        self._is_rounded = False
-        before = layer.register_forward_pre_hook(self._enter, prepend=True)
+        layer.register_forward_pre_hook(self._enter, prepend=True)
         # Also where a pass is cut short: what runs next must not find two layers on the device.
-        self._hooks = [before, layer.register_forward_hook(self._leave, always_call=True)]
+        layer.register_forward_hook(self._leave, always_call=True)
 
     def round(self, kept: set[int]) -> None:
-        self._is_rounded = True
         for number, (module, name, tensor) in enumerate(self._own):
             if id(tensor) in kept or not _is_matrix(name, tensor):
                 continue
@@ -110,12 +98,6 @@ class _RestingLayer:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self._resting)
-
-    def release(self) -> None:
-        if self._is_rounded:
-            raise ValueError("weights that were rounded to 8 bits are gone; load the model again")
-        for hook in self._hooks:
-            hook.remove()
 
     def _enter(self, *_: Any) -> None:
         for (module, name, own), resting in zip(self._own, self._resting, strict=True):

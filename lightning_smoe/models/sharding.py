@@ -1,13 +1,8 @@
 """Spreading the weights of one model over several devices (FSDP2)."""
 
-from collections.abc import Collection
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.walk import decoder_layers
@@ -48,29 +43,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds only a slice of every parameter."""
     return isinstance(model, FSDPModule)
-
-
-@torch.no_grad()
-def gathered_state(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Whole parameters in the main memory of the first process, nothing on the others.
-
-    To be called on all processes; one parameter at a time is on the devices.
-
-    Args:
-        model: A model, sharded or not, between two steps.
-        names: Parameters that are wanted.
-    """
-    parameters = dict(model.named_parameters())
-    state: dict[str, Tensor] = {}
-    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for name in names:
-        whole: Any = parameters[name]
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        if is_first:
-            # A copy: on the CPU a tensor that never was in slices is the parameter itself.
-            state[name] = whole.detach().to("cpu", copy=True)
-    return state
 
 
 def _refuse_head_alone(model: nn.Module, layers: nn.ModuleList) -> None:

@@ -111,10 +111,12 @@ class LayerwiseModule(LightningModule):
 
     def _run(self, layer: nn.Module, batch: WaitingBatch, index: int) -> Tensor:
         with self.trainer.strategy.precision_plugin.forward_context():
-            return run_layer(layer, self._on_device(batch), index).to(batch.states)
+            return run_layer(layer, self._on_device(batch, index), index).to(batch.states)
 
-    def _on_device(self, batch: WaitingBatch) -> WaitingBatch:
-        calls = move_data_to_device(batch.calls, self.device)
+    def _on_device(self, batch: WaitingBatch, index: int) -> WaitingBatch:
+        """A batch with what one layer is called with; nothing for the layers before it."""
+        call = move_data_to_device(batch.calls[index], self.device)
+        calls = [((), {})] * index + [call]
         is_token = batch.is_token.to(self.device)
         return WaitingBatch(batch.states.to(self.device), calls, is_token, batch.held_out)
 
@@ -156,14 +158,17 @@ class LayerwiseModule(LightningModule):
         batch: WaitingBatch,
         wanted: Float[Tensor, "batch sequence hidden"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Squared error of a batch, averaged over hidden units and summed over tokens; how many."""
-        moved = self._on_device(batch)
+        """Squared error of a batch, summed over tokens and hidden units; how many numbers that is.
+
+        A sum: gradients of a mean are too small for float16.
+        """
+        moved = self._on_device(batch, index)
         args, kwargs = moved.calls[index]
         output = layer(moved.states, *args, **kwargs)
         found = output[0] if isinstance(output, tuple) else output
         mask = moved.is_token
-        error = (found.float() - wanted.to(self.device).float())[mask].square().mean(-1).sum()
-        return error, mask.sum().to(error)
+        error = (found.float() - wanted.to(self.device).float())[mask].square().sum()
+        return error, (mask.sum() * found.shape[-1]).to(error)
 
     def _step(
         self, loss: Callable[[], tuple[Tensor, Tensor]], parameters: list[nn.Parameter]

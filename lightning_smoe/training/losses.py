@@ -132,6 +132,8 @@ class Losses:
         # Even if no objective is on tokens, gradients have to come from the end of the model: a
         # model that is shared out makes its layers whole on their way (FSDP2, DDP).
         totals: list[Tensor] = [0.0 * states.flatten()[0]]
+        if not self._token_objectives:
+            totals += [0.0 * p.flatten()[0] for p in head_parameters(self._student)]
         sums: list[Tensor] = []
         states = states.flatten(0, 1).index_select(0, positions)
         if self._token_objectives:

@@ -1,6 +1,5 @@
 """Recovery: the compressed model learns from the original what it lost."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -20,18 +19,17 @@ from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.sharding import shard
 from lightning_smoe.training.adapters import prepare_training
 from lightning_smoe.training.curve import Curve
+from lightning_smoe.training.judged import JUDGED, DomainSums
 from lightning_smoe.training.keeping import checkpoint_callbacks, last_good
 from lightning_smoe.training.losses import Losses
 from lightning_smoe.training.modes import set_modes
 from lightning_smoe.training.monitor import RouterMonitor
-from lightning_smoe.training.objectives import CrossEntropy, ForwardKL
 from lightning_smoe.training.options import Recovery
 from lightning_smoe.training.position_values import position_values
 from lightning_smoe.training.random_state import RandomState
+from lightning_smoe.training.rates import set_peaks, share_of_peak
 from lightning_smoe.training.teacher import Teacher
-
-# What a validation takes at each position.
-_JUDGED = (ForwardKL(), CrossEntropy())
+from lightning_smoe.training.trained_state import keep_trained
 
 
 class RecoveryModule(LightningModule):
@@ -83,7 +81,7 @@ class RecoveryModule(LightningModule):
             student, layers, recovery.objectives, assignments, reduce=self._sum_over_processes
         )
         self._groups = prepare_training(
-            student, recovery.trainable, recovery.lora, learning_rate=recovery.learning_rate
+            student, recovery.parts, recovery.lora, learning_rate=recovery.learning_rate
         )
         set_modes(student, gradient_checkpointing=recovery.gradient_checkpointing)
         self.trainable_counts = {group.name: group.num_parameters for group in self._groups}
@@ -95,16 +93,6 @@ class RecoveryModule(LightningModule):
     def teacher(self) -> Teacher:
         """The original, or its answers."""
         return self._teacher
-
-    @torch.no_grad()
-    def trained_state(self) -> dict[str, Tensor]:
-        """Copies of what is trained, by their names in the student."""
-        named = self.student.named_parameters()
-        return {name: p.detach().cpu().clone() for name, p in named if p.requires_grad}
-
-    def load_trained(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `trained_state` gave."""
-        load_trained(self.student, state)
 
     def configure_model(self) -> None:
         """Brings the teacher to the device, and shares both models out where that is asked for."""
@@ -127,6 +115,8 @@ class RecoveryModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Starts the sums of a step, and the clock."""
+        for config in self.trainer.strategy.lr_scheduler_configs:
+            set_peaks(config.scheduler, self._groups)
         self._start_step()
 
     def _start_step(self) -> None:
@@ -176,37 +166,20 @@ class RecoveryModule(LightningModule):
         self._start_step()
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums of KL, nats and tokens of each domain anew."""
-        shape = (len(_JUDGED) + 1, len(self._domains))
-        self._judged = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        """Starts the sums anew."""
+        self._judged = DomainSums(self._domains, self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds up KL to the teacher and the student's negative log-likelihood, token by token."""
-        found = position_values(self.student, self._teacher, batch, _JUDGED)
-        values = torch.cat([found.values.double(), torch.ones_like(found.values[:1]).double()])
-        self._judged.index_add_(1, batch["domain"][found.rows], values)
+        found = position_values(self.student, self._teacher, batch, JUDGED)
+        self._judged.add(found.values, batch["domain"][found.rows])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the means over the tokens of all processes, over domains and of each.
-
-        Raises:
-            InputError: A domain has no token to predict.
-        """
-        kl, nll, tokens = self._sum_over_processes(self._judged)
-        for domain in [d for d, n in zip(self._domains, tokens.tolist(), strict=True) if not n]:
-            raise InputError(
-                f"the validation text of {domain} has no token to predict; give it longer "
-                "documents, or leave the domain out of data.domains"
-            )
-        kl, nll = kl / tokens, nll / tokens
-        # The same on every process; without sync_dist Lightning advises to set it.
-        self.log("valid/kl", kl.mean().float(), prog_bar=True, sync_dist=True)
-        self.log("valid/perplexity", nll.mean().exp().float(), prog_bar=True, sync_dist=True)
-        if len(self._domains) > 1:
-            for number, domain in enumerate(self._domains):
-                self.log(f"valid/kl/{domain}", kl[number].float(), sync_dist=True)
-                perplexity = nll[number].exp().float()
-                self.log(f"valid/perplexity/{domain}", perplexity, sync_dist=True)
+        """Logs the means over the tokens of all processes."""
+        for name, mean in self._judged.means(self._sum_over_processes).items():
+            # The same on every process; without sync_dist Lightning advises to set it.
+            shown = name in ("kl", "perplexity")
+            self.log(f"valid/{name}", mean, prog_bar=shown, sync_dist=True)
         # What validation took is no time of a step.
         self._started = time.monotonic()
 
@@ -232,19 +205,16 @@ class RecoveryModule(LightningModule):
 
     def _factor(self, step: int) -> float:
         """Share of the peak learning rate after some steps."""
-        warmup = self._recovery.warmup_steps
-        if step <= warmup:
-            return (step + 1) / (warmup + 1)
+        recovery = self._recovery
         # Not asked for before training runs: Lightning would load the text at once, and in a run
         # that is continued not where it stopped.
-        total = self.trainer.estimated_stepping_batches
-        done = min(1.0, (step - warmup) / max(1, total - warmup))
-        is_linear = self._recovery.schedule == "linear"
-        return 1 - done if is_linear else (1 + math.cos(math.pi * done)) / 2
+        is_warm = step > recovery.warmup_steps
+        total = self.trainer.estimated_stepping_batches if is_warm else step
+        return share_of_peak(step, int(total), recovery.warmup_steps, recovery.schedule)
 
     def _described(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""
-        trained = sorted(n for n, p in self.student.named_parameters() if p.requires_grad)
+        trained = [[group.name, list(group.parameters)] for group in self._groups]
         # The optimizer's state is kept by other numbers where the model is in slices.
         return {"trained": trained, "in_slices": self.device_mesh is not None}
 
@@ -260,33 +230,20 @@ class RecoveryModule(LightningModule):
                 was shared out otherwise.
         """
         there, here = checkpoint["recovery"], self._described()
-        differ = set(there["trained"]) ^ set(here["trained"])
+        names = [{n for _, group in state["trained"] for n in group} for state in (there, here)]
+        differ = names[0] ^ names[1]
         if differ:
             raise InputError(
                 f"the checkpoint is of a run that trained other parameters (such as "
                 f"{min(differ)}); resume with the same model.recovery.trainable, or start afresh"
             )
+        if there["trained"] != here["trained"]:
+            # The optimizer's state goes by their order.
+            raise InputError(
+                f"the checkpoint is of a run with trainable={[g for g, _ in there['trained']]}, "
+                f"and this one has {[g for g, _ in here['trained']]}; name the same in that order"
+            )
         if there["in_slices"] != here["in_slices"]:
             raise InputError(
                 "the checkpoint is of a run under another trainer.strategy; resume with the same"
             )
-
-
-def keep_trained(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Leaves out of a state what training does not change; the hook of a state_dict."""
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    for name in [name for name in state if name not in trained]:
-        del state[name]
-
-
-@torch.no_grad()
-def load_trained(student: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts trained tensors into a student, in place; weights keep their types.
-
-    Args:
-        student: The student.
-        state: Tensors by their names in it.
-    """
-    parameters = dict(student.named_parameters())
-    for name, tensor in state.items():
-        parameters[name].copy_(tensor)

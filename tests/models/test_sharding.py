@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.sharding import gathered_state, is_sharded, shard
+from lightning_smoe.models.sharding import is_sharded, shard
 from tests.families import build
-from tests.models.two_processes import Distillation, Run, trained
+from tests.models.two_processes import Distillation, Run, gathered_state, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),

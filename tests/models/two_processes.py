@@ -3,7 +3,7 @@
 import copy
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -23,7 +24,7 @@ from lightning_smoe.calibration.observer import Batch, RoutedTokens, observing
 from lightning_smoe.functional.chunked import chunked
 from lightning_smoe.models.head import final_states, head_parameters, logits_of
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
-from lightning_smoe.models.sharding import gathered_state, shard
+from lightning_smoe.models.sharding import shard
 from lightning_smoe.models.walk import decoder_layers
 from tests.families import VOCAB_SIZE, build
 
@@ -52,6 +53,29 @@ class Run:
     clip: float | None = None
     max_steps: int = 3
     resume: Path | None = None
+
+
+@torch.no_grad()
+def gathered_state(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Whole parameters in the main memory of the first process, nothing on the others.
+
+    To be called on all processes; one parameter at a time is on the devices.
+
+    Args:
+        model: A model, sharded or not, between two steps.
+        names: Parameters that are wanted.
+    """
+    parameters = dict(model.named_parameters())
+    state: dict[str, Tensor] = {}
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for name in names:
+        whole: Any = parameters[name]
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if is_first:
+            # A copy: on the CPU a tensor that never was in slices is the parameter itself.
+            state[name] = whole.detach().to("cpu", copy=True)
+    return state
 
 
 class Distillation(LightningModule):

@@ -17,6 +17,7 @@ from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.training.options import Recovery
 from lightning_smoe.training.recovery import RecoveryModule
 from lightning_smoe.training.teacher import LiveTeacher
+from lightning_smoe.training.trainable import find_trained, hold_trainable
 from tests.families import build
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
@@ -85,6 +86,13 @@ def module(
     student, teacher = pair(family)
     chosen = Recovery(**(options | recovery))
     return RecoveryModule(student, LiveTeacher(teacher), chosen, folder, domains=domains)
+
+
+def select(student: PreTrainedModel, names: Sequence[str]) -> dict[str, int]:
+    """Lets only what is named change; returns the number of parameters of each."""
+    groups = find_trained(student, names, 1e-3)
+    hold_trainable(student, groups)
+    return {group.name: group.num_parameters for group in groups}
 
 
 def hashes(model: nn.Module) -> dict[str, str]:

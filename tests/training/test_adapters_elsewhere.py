@@ -53,7 +53,9 @@ def test_peft_opens_the_adapter_on_the_compressed_folder(
     lora = Lora(rank=4)
     model = load(folder)
     groups = prepare_training(model, (), lora, learning_rate=0.01)
-    optimizer = torch.optim.Adam([group.for_optimizer() for group in groups])
+    optimizer = torch.optim.Adam(
+        [{"params": [*g.parameters.values()], "lr": g.learning_rate} for g in groups]
+    )
     for _ in range(2):
         model(tokens).logits.square().mean().backward()
         optimizer.step()

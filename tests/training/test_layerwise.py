@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.models.walk import decoder_layers
 from lightning_smoe.training.layerwise import Layerwise, LayerwiseModule
-from lightning_smoe.training.trainable import select_trainable
-from tests.training.students import QUIET, hashes, pair, text, trainer
+from tests.training.students import QUIET, hashes, pair, select, text, trainer
 
 pytestmark = QUIET
 OPTIONS = Layerwise(tokens=8 * 32, passes=4, learning_rate=3e-3)
@@ -45,7 +44,7 @@ def errors(student: PreTrainedModel, teacher: PreTrainedModel) -> list[float]:
 def test_hidden_states_come_nearer_to_the_teachers(family: str) -> None:
     student, teacher = pair(family)
     before = errors(student, teacher)
-    select_trainable(student, ["router", "experts"])
+    select(student, ["router", "experts"])
     run(student, teacher)
     after = errors(student, teacher)
     assert all(a < 0.9 * b for a, b in zip(after, before, strict=True) if b > 0)
@@ -53,7 +52,7 @@ def test_hidden_states_come_nearer_to_the_teachers(family: str) -> None:
 
 def test_only_what_is_trained_changes_and_the_teacher_does_not() -> None:
     student, teacher = pair("qwen2_moe")
-    select_trainable(student, ["router", "down_proj"])
+    select(student, ["router", "down_proj"])
     before, taught = hashes(student), hashes(teacher)
     run(student, teacher)
     after = hashes(student)
@@ -67,7 +66,7 @@ def test_only_what_is_trained_changes_and_the_teacher_does_not() -> None:
 def test_a_student_that_is_the_teacher_stays_as_it_is() -> None:
     _, teacher = pair("qwen2_moe")
     student = copy.deepcopy(teacher)
-    select_trainable(student, ["router", "experts"])
+    select(student, ["router", "experts"])
     before = hashes(student)
     run(student, teacher)
     assert hashes(student) == before
@@ -75,7 +74,7 @@ def test_a_student_that_is_the_teacher_stays_as_it_is() -> None:
 
 def test_one_step_follows_the_gradient_of_the_mean_squared_error() -> None:
     student, teacher = pair("qwen2_moe")
-    select_trainable(student, ["down_proj"])
+    select(student, ["down_proj"])
     expected = copy.deepcopy(student)
     data = text(train_tokens=2 * 32)
     (batch,) = data.train_dataloader()
@@ -117,12 +116,12 @@ class Written(LayerwiseModule):
 @pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
     alone, teacher = pair("qwen2_moe")
-    select_trainable(alone, ["router", "experts"])
+    select(alone, ["router", "experts"])
     loader = text(batch_size=4).train_dataloader()
     module = LayerwiseModule(alone, teacher, OPTIONS)
     trainer(1).predict(module, loader, return_predictions=False)
     student, teacher = pair("qwen2_moe")
-    select_trainable(student, ["router", "experts"])
+    select(student, ["router", "experts"])
     both = Written(student, teacher, OPTIONS)
     both.folder = tmp_path
     trainer(1, devices=2, strategy="ddp_fork").predict(

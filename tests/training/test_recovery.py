@@ -16,8 +16,7 @@ from lightning_smoe.training.objectives import ForwardKL
 from lightning_smoe.training.options import Recovery
 from lightning_smoe.training.recovery import RecoveryModule
 from lightning_smoe.training.teacher import LiveTeacher
-from lightning_smoe.training.trainable import select_trainable
-from tests.training.students import QUIET, fit, hashes, module, pair, text, trainer
+from tests.training.students import QUIET, fit, hashes, module, pair, select, text, trainer
 
 pytestmark = QUIET
 DOMAINS = ("arith", "lit")
@@ -112,21 +111,21 @@ def test_router_and_experts_change_in_other_families_too(family: str, tmp_path: 
 def test_counts_say_how_many_parameters_are_trained() -> None:
     student, _ = pair("qwen2_moe")
     total = sum(p.numel() for p in student.parameters())
-    assert select_trainable(student, ["router"]) == {"router": 2 * 8 * 32}
-    counts = select_trainable(student, ["router", "experts", "shared"])
+    assert select(student, ["router"]) == {"router": 2 * 8 * 32}
+    counts = select(student, ["router", "experts", "shared"])
     assert counts == {
         "router": 2 * 8 * 32,
         "experts": 2 * 8 * 3 * 24 * 32,
         "shared": 2 * (3 * 40 * 32 + 32),
     }
     assert sum(p.numel() for p in student.parameters() if p.requires_grad) == sum(counts.values())
-    assert select_trainable(student, ["all"]) == {"all": total}
+    assert select(student, ["all"]) == {"all": total}
 
 
 def test_a_part_that_is_not_there_is_refused() -> None:
     student, _ = pair("qwen3_moe")
     with pytest.raises(InputError, match="names shared, which the model does not have"):
-        select_trainable(student, ["router", "shared"])
+        select(student, ["router", "shared"])
 
 
 def test_the_teacher_never_changes_and_gets_no_gradient(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def find(model: PreTrainedModel, trainable: Any) -> list[TrainedGroup]:
 
 
 def step(model: PreTrainedModel, groups: list[TrainedGroup], tokens: torch.Tensor) -> None:
-    optimizer = torch.optim.Adam([group.for_optimizer() for group in groups])
+    optimizer = torch.optim.Adam(
+        [{"params": [*g.parameters.values()], "lr": g.learning_rate} for g in groups]
+    )
     model(tokens).logits.square().mean().backward()
     optimizer.step()
 
