@@ -1,13 +1,10 @@
 """The command line: LightningCLI whose subcommands are the verbs of `SMoETrainer`."""
 
 import difflib
-import errno
-import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +13,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from safetensors import SafetensorError
 
 from lightning_smoe import __version__
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
+from lightning_smoe.exits import exiting_on_bad_input
 from lightning_smoe.experiment import Experiment
 from lightning_smoe.recipe_files import find_recipe
 from lightning_smoe.show import StepBar, set_up_screen
@@ -217,7 +214,7 @@ def main(args: Sequence[str] | None = None) -> None:
     set_up_screen()
     # As Ctrl-C: Lightning's own handler would let a step end, or end training with code 0.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _exiting_on_bad_input():
+    with exiting_on_bad_input():
         SMoECLI(
             sys.argv[1:] if args is None else args,
             trainer_class=SMoETrainer,
@@ -234,27 +231,3 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _as_list(plugins: Any) -> list[Any]:
     return plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
-
-
-@contextmanager
-def _exiting_on_bad_input() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        _exit(str(error))
-    except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning turns an interrupt within a loop into an exit.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        _exit("interrupted; the same command goes on where it was interrupted", 130)
-    except (OSError, SafetensorError) as error:
-        # The error of safetensors has no number, only the text.
-        full = os.strerror(errno.ENOSPC) in str(error)
-        if not full and getattr(error, "errno", None) != errno.ENOSPC:
-            raise
-        _exit(f"no space is left on the disk: {error}; free some, or name another model.output_dir")
-
-
-def _exit(message: str, code: int = 2) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
-    sys.exit(code)

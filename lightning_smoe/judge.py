@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.module import carry_out
 from lightning_smoe.compression.planner import make_plan
+from lightning_smoe.compression.recipe import check_router
 from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.report import (
@@ -32,7 +33,7 @@ from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.pipeline import calibrate, read_seconds
-from lightning_smoe.workspace import Workspace, check_router, found_manifest
+from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,8 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
-    DDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
 )
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_smoe import compare, fit_checks, judge, pipeline, recover, show, sweep, teaching
 from lightning_smoe.data.text import TextDataModule
@@ -22,9 +19,8 @@ from lightning_smoe.experiment import Experiment
 from lightning_smoe.measure import Split
 from lightning_smoe.models.artifact import locked
 from lightning_smoe.recipe_files import find_recipe, read_recipes
+from lightning_smoe.trainer_checks import check_devices, check_loops
 from lightning_smoe.workspace import Workspace
-
-_LOOPS = ("train", "val", "test", "predict")
 
 
 class SMoETrainer(Trainer):
@@ -40,14 +36,14 @@ class SMoETrainer(Trainer):
         in_slices: bool = False,
     ) -> Iterator[Workspace]:
         """Checks everything, brings up all processes, then holds the output folder."""
-        self._check_loops()
-        self._check_devices(in_slices)
+        check_loops(self)
+        check_devices(self, in_slices)
         work = Workspace(model, datamodule, str(self.precision))
         datamodule.check(splits)
         for check in checks:
             check(work)
         launcher = self.strategy.launcher
-        # ModelParallelStrategy (Lightning 2.6) hands its devices to a module; loops bring their own.
+        # ModelParallelStrategy (Lightning 2.6) gives its devices to a module; loops bring theirs.
         self.strategy.connect(LightningModule())
         # Before the first look at results: a barrier does nothing until processes are joined.
         if launcher is None:
@@ -77,40 +73,6 @@ class SMoETrainer(Trainer):
         checks = (partial(sweep.check_auto, self), *checks)
         with self._working(model, datamodule, splits, *checks, in_slices=in_slices) as work:
             yield sweep.settle(self, work)
-
-    def _check_devices(self, in_slices: bool) -> None:
-        if isinstance(self.strategy, ModelParallelStrategy) and in_slices:
-            fit_checks.check_slices(self.strategy)
-        elif not isinstance(self.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise InputError(
-                f"trainer.strategy={type(self.strategy).__name__} shares out single weights, which "
-                "compression needs whole; use ddp, or one device"
-            )
-        if self.strategy.root_device.type == "mps":
-            raise InputError(
-                "sums over tokens are kept in float64, which Apple's GPU does not have; "
-                "set trainer.accelerator to cpu"
-            )
-        if str(self.precision) in ("bf16-true", "16-true", "64-true", "transformer-engine"):
-            raise InputError(
-                f"trainer.precision={self.precision} converts the model behind the recipe's back; "
-                "set model.dtype for the weights, and trainer.precision to bf16-mixed or 32-true"
-            )
-
-    def _check_loops(self) -> None:
-        if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
-            raise InputError(
-                "trainer.strategy forks or spawns processes, which take their results with them; "
-                "use ddp, whose processes each run the whole command"
-            )
-        limits = {name: getattr(self, f"limit_{name}_batches") for name in _LOOPS}
-        overfit = self.overfit_batches  # type: ignore[attr-defined]  # set by Lightning
-        # One batch is written 1, all of them 1.0.
-        if any(isinstance(v, int) or v != 1.0 for v in limits.values()) or overfit:
-            raise InputError(
-                "trainer.limit_*_batches, overfit_batches and fast_dev_run leave text out, and the "
-                "results would not tell; limit data.*_tokens, and steps by trainer.max_steps"
-            )
 
     def calibrate(self, model: Experiment, datamodule: TextDataModule) -> None:
         """Gathers what every expert does on calibration text.

@@ -1,28 +1,24 @@
 """An experiment checked against what is there, with the places and origins of its results."""
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import read_header
 from lightning_smoe.compression.plan import CompressionPlan, decisions
 from lightning_smoe.compression.planner import select_layers
-from lightning_smoe.compression.recipe import Recipe
+from lightning_smoe.compression.recipe import Recipe, check_router
 from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import AUTO, DTYPES, Experiment
 from lightning_smoe.functional.allocation import even_counts
-from lightning_smoe.functional.router import RouterRepair
 from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
 from lightning_smoe.models.checkpoint import counted_config, outline
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
-from lightning_smoe.models.mapped import check_mappable, is_mapped
 
 
 class Workspace:
@@ -233,21 +229,6 @@ class Workspace:
         """
         missing = sum(not path.exists() for path in results)
         require_space(self.folder, missing * self._result_bytes)
-
-
-def check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
-    """Checks that the family can store what becomes of its router.
-
-    Raises:
-        InputError: It cannot.
-    """
-    if router.keeps_all_rows or is_mapped(model):
-        check_mappable(model)
-    if router.needs_bias and not any(t.kind == "bias" for x in layers for t in x.router_tensors):
-        raise InputError(
-            f"{type(router).__name__} needs routers with a bias, which {model.config.model_type} "
-            "has not; set router to lightning_smoe.functional.router.LogSumExp"
-        )
 
 
 def found_manifest(folder: Path) -> Manifest | None:

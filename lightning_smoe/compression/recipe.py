@@ -1,12 +1,15 @@
 """How slots are chosen and filled: prune by a saliency, or merge groups of experts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from lightning_smoe.errors import InputError
 from lightning_smoe.functional.alignment import Alignment
 from lightning_smoe.functional.evidence import Evidence
 from lightning_smoe.functional.grouping import Grouper
@@ -18,6 +21,8 @@ from lightning_smoe.functional.router import RouterRepair, Slice
 from lightning_smoe.functional.router_rows import Map
 from lightning_smoe.functional.saliency import Reap, Saliency
 from lightning_smoe.functional.scale import ScaleRepair
+from lightning_smoe.models.layer import MoELayer
+from lightning_smoe.models.mapped import check_mappable, is_mapped
 
 Assignment = Int64[Tensor, " experts"]
 
@@ -161,3 +166,18 @@ class Merge(Recipe):
     def protects_super_experts(self) -> bool:
         """As set."""
         return self.protect
+
+
+def check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
+    """Checks that the family can store what becomes of its router.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if router.keeps_all_rows or is_mapped(model):
+        check_mappable(model)
+    if router.needs_bias and not any(t.kind == "bias" for x in layers for t in x.router_tensors):
+        raise InputError(
+            f"{type(router).__name__} needs routers with a bias, which {model.config.model_type} "
+            "has not; set router to lightning_smoe.functional.router.LogSumExp"
+        )
