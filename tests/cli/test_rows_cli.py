@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import Workplace, check_refusal
-from tests.cli.trainings import changed, held_out, to_train
+from tests.cli.trainings import SHORT, changed, held_out, to_train
 
 NUM_ROWS = {"train": 60, "valid": 20, "test": 20}
 
@@ -32,7 +32,8 @@ def write_rows(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_answers_are_learned_from_rows(pack: bool, work: Workplace, tmp_path: Path) -> None:
-    work.write({**write_rows(tmp_path / "rows"), "model.baselines": False, "data.pack": pack})
+    rows = write_rows(tmp_path / "rows")
+    work.write({**SHORT, **rows, "data.train_tokens": None, "data.pack": pack})
     told = work.done("fit", "--model.recovery.trainable=[router,experts]").err
     (count,) = re.findall(r"train: \d+ tokens in (\d+) x 64", told)
     assert int(count) < 120 if pack else int(count) == 120

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tests.cli.command import Workplace
 
-# A few windows of text, and no models beside the results: what is trained is all that counts here.
-SHORT = {"data.train_tokens": 2048, "model.baselines": False}
+# A few windows of text, no models beside the results, and no stage before training: what is trained
+# is all that counts here.
+SHORT = {"data.train_tokens": 2048, "model.baselines": False, "model.recovery.layerwise": None}
 
 
 def to_train(finished: Workplace) -> Workplace:
