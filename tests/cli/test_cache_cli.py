@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.cli.command import Workplace, check_refusal, snapshot
-from tests.cli.trainings import SHORT, changed, distance, to_train
+from tests.cli.trainings import SHORT, changed, distance, put_aside, to_train
 
 TRAINED = "--model.recovery.trainable=[router,experts]"
 CACHE = "--model.recovery.teacher.cache={top_k: 64}"
@@ -25,9 +25,7 @@ def test_a_cache_of_every_token_teaches_like_the_original(
 ) -> None:
     work = to_train(finished)
     work.done("fit", TRAINED)
-    live = work.out / "live"
-    (work.out / "recovered").rename(live)
-    shutil.rmtree(work.out / "training")
+    live = put_aside(work, "live")
     whole = "--model.recovery.teacher.cache={top_k: 4096}"
     work.done("cache", whole)
     monkeypatch.setattr("lightning_smoe.teaching.load", refuse)

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from tests.cli.command import Workplace, check_refusal
-from tests.cli.trainings import SHORT, changed, distance, held_out, to_train
+from tests.cli.trainings import SHORT, changed, distance, held_out, put_aside, to_train
 
 OBJECTIVES = [
     {
@@ -75,7 +75,7 @@ def test_parts_have_learning_rates_of_their_own(finished: Workplace) -> None:
 def test_activation_checkpoints_change_no_weight(finished: Workplace) -> None:
     work = to_train(finished)
     train(work, trainable=["router", "experts"], objectives=OBJECTIVES)
-    (work.out / "recovered").rename(work.out / "kept")
+    put_aside(work, "kept")
     train(
         work,
         "--model.recovery.gradient_checkpointing=true",
@@ -101,11 +101,10 @@ def test_training_stops_where_nothing_improves(finished: Workplace) -> None:
 def test_a_teacher_may_rest_in_main_memory_or_be_rounded(finished: Workplace) -> None:
     work = to_train(finished)
     train(work, trainable=["router", "experts"])
-    kept = work.out / "kept"
-    (work.out / "recovered").rename(kept)
+    kept = put_aside(work, "kept")
     train(work, trainable=["router", "experts"], teacher={"placement": "offload"})
     assert distance(work.out / "recovered", kept) == 0
-    (work.out / "recovered").rename(work.out / "offloaded")
+    put_aside(work, "offloaded")
     train(work, trainable=["router", "experts"], teacher={"quantize": "int8"})
     assert 0 < distance(work.out / "recovered", kept) < 2e-3
 

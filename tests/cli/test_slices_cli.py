@@ -9,7 +9,7 @@ import torch
 
 from tests.cli.command import Workplace, hash_of
 from tests.cli.test_start import PATIENCE, running, wait_for
-from tests.cli.trainings import distance, held_out, to_train
+from tests.cli.trainings import distance, held_out, put_aside, to_train
 from tests.cli.two_processes import SLICES, TWO, do_in_two
 from tests.training.kills import finish, start
 
@@ -24,8 +24,7 @@ def recovered(work: Workplace, name: str, strategy: str, *words: str) -> None:
     first, second = do_in_two(work, "fit", strategy, *words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.err.count("fit: wrote out/recovered") == 1
-    (work.out / "recovered").rename(work.out / name)
-    (work.out / "training").rename(work.out / f"training of {name}")
+    put_aside(work, name)
 
 
 @pytest.mark.slow
@@ -59,11 +58,10 @@ def test_shared_out_or_whole_the_result_is_the_same(
     work = to_train(finished)
     # Within rounding of Adam's first steps, two processes are one.
     work.done("fit", *words)
-    for name in ("recovered", "training"):
-        (work.out / name).rename(work.out / f"{name} alone")
+    alone = put_aside(work, "alone")
     recovered(work, "shared", *slices, *words)
     assert distance(work.out / "shared", work.out / "compressed") > 5e-4
-    assert distance(work.out / "shared", work.out / "recovered alone") < 1e-5
+    assert distance(work.out / "shared", alone) < 1e-5
 
 
 @pytest.mark.slow
@@ -125,9 +123,8 @@ def test_a_program_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(
     words = [TRAINED, "--trainer.max_steps=120", "--trainer.val_check_interval=20"]
     words += ["--model.recovery.checkpoint_every=3", "--trainer.accumulate_grad_batches=2"]
     work.done("fit", *words)
-    whole = (work.out / "recovered").rename(work.out / "whole")
     curve = held_out(work)
-    (work.out / "training").rename(work.out / "training of whole")
+    whole = put_aside(work, "whole")
     last = work.out / "training/last.ckpt"
     with running(work, "fit", *words) as process:
         wait_for(process, last.exists)

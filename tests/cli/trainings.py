@@ -23,6 +23,12 @@ def to_train(finished: Workplace) -> Workplace:
     return finished
 
 
+def put_aside(work: Workplace, name: str) -> Path:
+    """Renames what a training led to, so that another can be run; returns the new folder."""
+    (work.out / "training").rename(work.out / f"training of {name}")
+    return (work.out / "recovered").rename(work.out / name)
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """Weights of a checkpoint folder."""
     return load_file(folder / "model.safetensors")
