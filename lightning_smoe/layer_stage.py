@@ -73,7 +73,7 @@ def train_layers(
     else:
         load_trained(module.student, done[1])
     trainer.strategy.barrier()
-    logger.info("fit: each layer by itself: validation KL %.4f -> %.4f", start, done[0])
+    logger.info("fit: each layer by itself: validation KL %.4g -> %.4g", start, done[0])
     if not done[0] < start:
         logger.warning("fit: training each layer by itself did not help, and is taken back")
         load_trained(module.student, before)

@@ -1,5 +1,6 @@
 """The step that trains: can be cut off and continued, and never ends worse than it began."""
 
+import gc
 import logging
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning_smoe.teaching import make_cache, open_teacher
 from lightning_smoe.training.adapters import merge_trained
 from lightning_smoe.training.keeping import checkpoint_bytes
 from lightning_smoe.training.layer_objectives import LayerObjective
+from lightning_smoe.training.objective_names import distinct_names
 from lightning_smoe.training.recovery import RecoveryModule
 from lightning_smoe.training.trained_state import load_trained
 from lightning_smoe.training_folder import TrainingFolder
@@ -56,6 +58,8 @@ def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
                 place.prepare(resume, work.experiment.overwrite)
             trainer.strategy.barrier()
             start, best = _train(trainer, work, place.last if resume else None)
+            # Callbacks and their module hold each other.
+            gc.collect()
             if trainer.is_global_zero:
                 _finish(work, wanted, kl=(start, best), num_steps=trainer.global_step)
 
@@ -104,12 +108,15 @@ def _train(trainer: Trainer, work: Workspace, resume: Path | None) -> tuple[floa
 
 
 def _forget(trainer: Trainer, module: RecoveryModule) -> None:
-    """Takes away what the trainer holds of a training, so that its memory is free."""
+    """Takes away what the trainer holds of a training, so that its memory can be used again."""
     ours = {id(callback) for callback in module.configure_callbacks()}
     trainer.callbacks[:] = [c for c in trainer.callbacks if id(c) not in ours]  # type: ignore[attr-defined]  # set by Lightning
     strategy: Any = trainer.strategy
     strategy._lightning_module = strategy.model = None
     strategy.optimizers, strategy.lr_scheduler_configs = [], []
+    # Private in Lightning 2.6, which keeps the module of the last loop there.
+    selector: Any = trainer._data_connector._datahook_selector
+    selector.model = None
 
 
 def _finish(work: Workspace, wanted: Manifest, *, kl: tuple[float, float], num_steps: int) -> None:
@@ -128,9 +135,9 @@ def _finish(work: Workspace, wanted: Manifest, *, kl: tuple[float, float], num_s
             logger.warning("fit: training all layers together did not lower the KL, and is left")
         else:
             state = _best_state(work)
-            names = ", ".join(objective.name for objective in recovery.objectives)
+            names = ", ".join(distinct_names([o.name for o in recovery.objectives]))
             steps.append(f"Trained against the original on {names}, {num_steps} steps.")
-        logger.info("fit: validation KL%s %.4f -> %.4f", where, start, reached)
+        logger.info("fit: validation KL%s %.4g -> %.4g", where, start, reached)
         if recovery.lora is None:
             load_trained(student, state)
         else:
@@ -139,7 +146,7 @@ def _finish(work: Workspace, wanted: Manifest, *, kl: tuple[float, float], num_s
     else:
         steps = ["Training against the original did not help: these are the weights before it."]
         logger.warning(
-            "fit: training did not lower the validation KL%s (%.4f -> %.4f); recovered/ holds the "
+            "fit: training did not lower the validation KL%s (%.4g -> %.4g); recovered/ holds the "
             "compressed model as it was", where, start, best,
         )  # fmt: skip
     save_result(work, student, work.recovered_path, manifest=wanted, steps=steps)

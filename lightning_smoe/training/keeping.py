@@ -1,5 +1,6 @@
 """Which states of a training are kept, and how it goes on from one."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,31 @@ def _stopping(monitor: str, patience: int) -> EarlyStopping:
     if patience < 1:
         raise ValueError(f"patience={patience} must be 1 or more")
     return EarlyStopping(monitor, patience=patience, check_on_train_epoch_end=False)
+
+
+def relocate(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Lets a checkpoint's best one be that of the folder it is loaded for, in place.
+
+    Lightning keeps absolute paths, and forgets the best score where a folder was moved. Where the
+    folder has no best checkpoint, the score is forgotten: nothing could be loaded in its place.
+
+    Args:
+        checkpoint: What was loaded.
+        folder: Folder of this run's checkpoints.
+    """
+    # As Lightning writes paths.
+    folder = Path(os.path.realpath(folder))
+    best = str(folder / "best.ckpt")
+    for name, state in checkpoint["callbacks"].items():
+        if not name.startswith(ModelCheckpoint.__name__):
+            continue
+        if Path(best).exists():
+            scores = {best: score for score in state["best_k_models"].values()}
+            state |= {"best_model_path": best, "kth_best_model_path": best, "best_k_models": scores}
+        else:
+            state |= {"best_model_path": "", "kth_best_model_path": "", "best_k_models": {}}
+            state |= {"best_model_score": None, "kth_value": torch.tensor(torch.inf)}
+        state["dirpath"] = str(folder)
 
 
 class LastCheckpoint(Checkpoint):

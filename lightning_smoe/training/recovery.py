@@ -20,7 +20,7 @@ from lightning_smoe.models.sharding import shard
 from lightning_smoe.training.adapters import prepare_training
 from lightning_smoe.training.curve import Curve
 from lightning_smoe.training.judged import JUDGED, DomainSums
-from lightning_smoe.training.keeping import checkpoint_callbacks, last_good
+from lightning_smoe.training.keeping import checkpoint_callbacks, last_good, relocate
 from lightning_smoe.training.losses import Losses
 from lightning_smoe.training.modes import set_modes
 from lightning_smoe.training.monitor import RouterMonitor
@@ -229,6 +229,7 @@ class RecoveryModule(LightningModule):
             InputError: It lacks a parameter that is trained, holds another, or is of a model that
                 was shared out otherwise.
         """
+        relocate(checkpoint, self._folder)
         there, here = checkpoint["recovery"], self._described()
         names = [{n for _, group in state["trained"] for n in group} for state in (there, here)]
         differ = names[0] ^ names[1]

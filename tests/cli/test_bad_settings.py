@@ -51,8 +51,8 @@ def test_layers_that_are_not_there_are_refused(layers: str, match: str, work: Wo
     [
         ("--model.recovery.learning_rate=-1", r"learning_rate=-1.0 must be above 0"),
         (
-            "--model.recovery.objectives=[{class_path: lightning_smoe.training.objectives.ForwardKL, "
-            "init_args: {temperature: 0}}]",
+            "--model.recovery.objectives=[{class_path: lightning_smoe.training.objectives."
+            "ForwardKL, init_args: {temperature: 0}}]",
             r"weight and temperature must be above 0",
         ),
         ("--model.recovery.warmup_steps=-2", r"warmup_steps=-2 must be 0 or more"),

@@ -1,9 +1,11 @@
 """What becomes of the trained student: the best one is kept, and a bad one is not."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # no stubs
     EventAccumulator,
 )
+from transformers import PreTrainedModel
 
+from lightning_smoe.pipeline import save_result
 from tests.cli.command import Workplace, check_refusal, snapshot
 
 
@@ -130,3 +134,65 @@ def test_weights_in_bfloat16_are_trained_in_mixed_precision_only(work: Workplace
     assert models["recovered"]["kl"]["mean"] <= 1.5 * models["compressed"]["kl"]["mean"]
     stored = weights(work.out / "recovered")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def in_memory() -> int:
+    """Models with weights, and optimizers, that are alive."""
+    gc.collect()
+    kinds = (PreTrainedModel, torch.optim.Optimizer)
+    # By type: to ask some objects for their class gives a warning.
+    found: list[Any] = [o for o in gc.get_objects() if issubclass(type(o), kinds)]
+    outlines = [o for o in found if isinstance(o, PreTrainedModel) and o.device.type == "meta"]
+    return len(found) - len(outlines)
+
+
+def test_student_teacher_and_optimizer_are_let_go_before_results_are_written(
+    work: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+
+    def look(work: Any, model: PreTrainedModel, path: Path, **rest: Any) -> None:
+        if path.name == "recovered":
+            alive.append(in_memory())
+        save_result(work, model, path, **rest)
+
+    monkeypatch.setattr("lightning_smoe.recover.save_result", look)
+    before = in_memory()
+    work.done("fit")
+    # A model and its base, which is one too.
+    assert alive == [before + 2]
+
+
+def test_a_training_with_other_settings_that_was_cut_off_is_not_thrown_away(
+    finished: Workplace,
+) -> None:
+    shutil.rmtree(finished.out / "recovered")
+    before = snapshot(finished.out / "training")
+    faster = "--model.recovery.learning_rate=0.002"
+    match = r"training holds a training with other settings .*different: recovery.*--ckpt_path last"
+    check_refusal(finished.do("fit", faster), match)
+    assert snapshot(finished.out / "training") == before
+    # What only decides memory does not count.
+    told = finished.done("fit", "--model.recovery.gradient_checkpointing=true").err
+    assert "training goes on from out/training/last.ckpt" in told
+
+
+def test_a_learning_rate_may_change_where_a_training_goes_on(finished: Workplace) -> None:
+    words = ("--trainer.max_steps=6", "--ckpt_path=last", "--model.recovery.learning_rate=1e-5")
+    finished.done("fit", *words)
+    last = torch.load(finished.out / "training/last.ckpt", weights_only=True)
+    assert last["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-5
+    assert last["lr_schedulers"][0]["base_lrs"] == [1e-5]
+
+
+def test_steps_behind_the_last_validation_are_refused(work: Workplace) -> None:
+    match = r"max_steps=5 leaves 1 batches behind the last validation.* a multiple of 2"
+    work.refused(match, "fit", "--trainer.max_steps=5")
+
+
+def test_a_layer_that_an_objective_cannot_be_taken_at_is_refused_before_any_work(
+    work: Workplace,
+) -> None:
+    path = "lightning_smoe.training.layer_objectives.HiddenMSE"
+    wrong = f"--model.recovery.objectives=[{{class_path: {path}, init_args: {{layers: [9]}}}}]"
+    work.refused(r"hidden_mse is to be taken at decoder layer 9", "fit", wrong)
