@@ -99,9 +99,10 @@ def relocate(checkpoint: dict[str, Any], folder: Path) -> None:
     for name, state in checkpoint["callbacks"].items():
         if not name.startswith(ModelCheckpoint.__name__):
             continue
-        if Path(best).exists():
-            scores = {best: score for score in state["best_k_models"].values()}
-            state |= {"best_model_path": best, "kth_best_model_path": best, "best_k_models": scores}
+        # A best one that the checkpoint does not know of was written behind it.
+        if state["best_k_models"] and Path(best).exists():
+            state |= {"best_model_path": best, "kth_best_model_path": best}
+            state["best_k_models"] = {best: state["best_model_score"]}
         else:
             state |= {"best_model_path": "", "kth_best_model_path": "", "best_k_models": {}}
             state |= {"best_model_score": None, "kth_value": torch.tensor(torch.inf)}

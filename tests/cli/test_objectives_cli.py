@@ -50,7 +50,7 @@ def test_a_weighted_list_of_objectives_is_logged_by_name_and_in_sum(finished: Wo
     assert all(value > 0 for name in NAMES for value in logged[f"train/{name}"])
     assert {"valid/kl/arith", "valid/perplexity/lit", "tokens/s"} <= logged.keys()
     card = (work.out / "recovered/README.md").read_text()
-    assert "on forward_kl, forward_kl, load_balance, hidden_mse" in card
+    assert "on forward_kl_1, forward_kl_2, load_balance, hidden_mse" in card
 
 
 def test_parts_have_learning_rates_of_their_own(finished: Workplace) -> None:

@@ -13,6 +13,7 @@ from lightning_smoe.training.keeping import (
     LastCheckpoint,
     checkpoint_bytes,
     checkpoint_callbacks,
+    relocate,
 )
 from lightning_smoe.training.random_state import RandomState
 from tests.training.line import Line, line_trainer
@@ -168,3 +169,35 @@ def test_lightnings_own_callbacks_do_the_keeping() -> None:
     assert isinstance(stopping, EarlyStopping)
     assert isinstance(best, ModelCheckpoint)
     assert isinstance(last, LastCheckpoint)
+
+
+def kept(score: float | None) -> dict[str, Any]:
+    """A checkpoint as Lightning leaves it in a folder that is elsewhere now."""
+    models = {} if score is None else {"/old/best.ckpt": torch.tensor(score)}
+    state = {
+        "dirpath": "/old",
+        "best_model_path": "/old/best.ckpt",
+        "kth_best_model_path": "/old/best.ckpt",
+        "best_k_models": models,
+        "best_model_score": None if score is None else torch.tensor(score),
+        "kth_value": torch.tensor(torch.inf if score is None else score),
+    }
+    return {"callbacks": {"ModelCheckpoint{}": state, "Other": {"dirpath": "/old"}}}
+
+
+@pytest.mark.parametrize("score", [0.5, None])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_best_checkpoint_is_that_of_the_folder_or_none(
+    score: float | None, is_there: bool, tmp_path: Path
+) -> None:
+    if is_there:
+        (tmp_path / "best.ckpt").touch()
+    checkpoint = kept(score)
+    relocate(checkpoint, tmp_path)
+    best = ModelCheckpoint(tmp_path, "best", monitor="valid/kl")
+    best.load_state_dict(checkpoint["callbacks"]["ModelCheckpoint{}"])
+    is_known = is_there and score is not None
+    assert best.best_model_path == (str(tmp_path.resolve() / "best.ckpt") if is_known else "")
+    assert best.best_model_score == (score if is_known else None)
+    assert len(best.best_k_models) == is_known
+    assert checkpoint["callbacks"]["Other"] == {"dirpath": "/old"}
