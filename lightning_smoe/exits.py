@@ -23,7 +23,7 @@ def exiting_on_bad_input() -> Iterator[None]:
         # Lightning turns an interrupt within a loop into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        _exit("interrupted; the same command goes on where it was interrupted", 130)
+        _exit("interrupted; the same command goes on from there, unless it overwrites", 130)
     except (OSError, SafetensorError) as error:
         # The error of safetensors has no number, only the text.
         full = os.strerror(errno.ENOSPC) in str(error)

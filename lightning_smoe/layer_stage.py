@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lightning_smoe.models.artifact import replacing
 from lightning_smoe.models.walk import decoder_layers
 from lightning_smoe.training.layerwise import Layerwise, LayerwiseModule
+from lightning_smoe.training.random_state import read_generators, write_generators
 from lightning_smoe.training.recovery import RecoveryModule
 from lightning_smoe.training.teacher import LiveTeacher
 from lightning_smoe.training.trained_state import load_trained, trained_state
@@ -60,6 +61,9 @@ def train_layers(
     if options is None or not isinstance(teacher, LiveTeacher):
         return
     before, done = trained_state(module.student), read_stage(work)
+    # A run that goes on behind the stage draws the same numbers in the training that follows.
+    device = trainer.strategy.root_device
+    generators = read_generators(device)
     # Before any process writes, so that all agree on what is there.
     trainer.strategy.barrier()
     if done is None:
@@ -73,6 +77,7 @@ def train_layers(
     else:
         load_trained(module.student, done[1])
     trainer.strategy.barrier()
+    write_generators(generators, device)
     logger.info("fit: each layer by itself: validation KL %.4g -> %.4g", start, done[0])
     if not done[0] < start:
         logger.warning("fit: training each layer by itself did not help, and is taken back")

@@ -31,33 +31,34 @@ from lightning_smoe.workspace import Workspace, found_manifest
 logger = logging.getLogger(__name__)
 
 
-def recover(trainer: Trainer, work: Workspace, ckpt_path: str | None) -> None:
+def recover(trainer: Trainer, work: Workspace, goes_on: bool) -> None:
     """Writes recovered/.
 
     Args:
         trainer: Runs the training loop.
         work: The experiment.
-        ckpt_path: Lightning checkpoint to continue; `last` is the newest of this experiment; none
-            continues only what was cut off with the very same inputs.
+        goes_on: Whether to go on from the newest checkpoint also where settings were others; it is
+            gone on from anyway where a run with the very same inputs was cut off.
     """
     compress(trainer, work)
     wanted = work.recovered_manifest(_loop_settings(trainer))
     found = found_manifest(work.recovered_path)
+    place = TrainingFolder(work.training_path, wanted)
     # Going on from a checkpoint with other settings is meant to replace what it led to.
-    goes_on = ckpt_path is not None and found is not None and found.digest != wanted.digest
+    differs = found is not None and found.digest != wanted.digest
+    replace = goes_on and differs and place.last.exists()
     with running_step(
-        trainer, work, work.recovered_path, found=found, wanted=wanted, replace=goes_on
+        trainer, work, work.recovered_path, found=found, wanted=wanted, replace=replace
     ) as needed:
         if needed:
-            place = TrainingFolder(work.training_path, wanted)
-            resume = place.find(ckpt_path, work.experiment.overwrite)
+            resume = place.find(goes_on, work.experiment.overwrite)
             if work.experiment.recovery.teacher.cache is not None:
                 make_cache(trainer, work)
             trainer.strategy.barrier()
             if trainer.is_global_zero:
                 place.prepare(resume, work.experiment.overwrite)
             trainer.strategy.barrier()
-            start, best = _train(trainer, work, place.last if resume else None)
+            start, best = _train(trainer, work, resume)
             # Callbacks and their module hold each other.
             gc.collect()
             if trainer.is_global_zero:
@@ -129,7 +130,8 @@ def _finish(work: Workspace, wanted: Manifest, *, kl: tuple[float, float], num_s
     reached = min(best, stage[0]) if stage is not None else best
     where = "" if recovery.teacher.cache is None else " on the tokens that the cache names"
     if reached < start:
-        steps = ["Each layer trained by itself against the original's."] if stage else []
+        helped = stage is not None and stage[0] < start
+        steps = ["Each layer trained by itself against the original's."] if helped else []
         if stage is not None and stage[0] <= best:
             state = stage[1]
             logger.warning("fit: training all layers together did not lower the KL, and is left")
@@ -173,6 +175,6 @@ def _loop_settings(trainer: Trainer) -> dict[str, Any]:
     """Settings of the training loop that decide its result."""
     names = ["max_steps", "max_epochs", "accumulate_grad_batches"]
     names += ["gradient_clip_val", "gradient_clip_algorithm", "precision", "world_size"]
-    names += ["val_check_interval"]
+    names += ["val_check_interval", "check_val_every_n_epoch"]
     in_slices = isinstance(trainer.strategy, ModelParallelStrategy)
     return {name: getattr(trainer, name) for name in names} | {"in_slices": in_slices}

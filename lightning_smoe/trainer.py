@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
@@ -117,21 +118,25 @@ class SMoETrainer(Trainer):
             teaching.make_cache(self, work)
 
     def recover(
-        self, model: Experiment, datamodule: TextDataModule, ckpt_path: str | None = None
+        self,
+        model: Experiment,
+        datamodule: TextDataModule,
+        ckpt_path: Literal["last"] | None = None,
     ) -> None:
         """Takes a model from original to compressed, recovered and evaluated.
 
         Args:
             model: The experiment.
             datamodule: The text.
-            ckpt_path: Training checkpoint to continue: a file, or 'last' for the newest of this
-                experiment; null goes on only where a run with the same inputs was cut off.
+            ckpt_path: 'last' goes on from the newest checkpoint of this experiment with other
+                settings, such as more steps; null goes on only where a run with the same inputs
+                was cut off.
         """
         splits = ("train", "calib", "valid", "test")
-        check = partial(fit_checks.check_training, self, ckpt_path=ckpt_path)
+        check = partial(fit_checks.check_training, self)
         checks = (judge.check_others, check)
         with self._settling(model, datamodule, splits, *checks, in_slices=True) as work:
-            recover.recover(self, work, ckpt_path)
+            recover.recover(self, work, goes_on=ckpt_path is not None)
             if not isinstance(self.strategy, ModelParallelStrategy):
                 judge.evaluate(self, work)
 

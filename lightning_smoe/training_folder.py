@@ -4,11 +4,15 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.artifact import Manifest, differences, replacing, write_json
+from lightning_smoe.models.artifact import Manifest, differences, write_json
 
 logger = logging.getLogger(__name__)
+
+# Another model, text or teacher would give other numbers for the same weights.
+_FIXED = ("compressed", "validation text", "dtype")
 
 
 class TrainingFolder:
@@ -21,64 +25,76 @@ class TrainingFolder:
 
     def __init__(self, path: Path, wanted: Manifest) -> None:
         self.path, self._wanted = path, wanted
-        self.last = path / "last.ckpt"
+        self.last, self.stage = path / "last.ckpt", path / "layerwise.safetensors"
         self._origin = path / "manifest.json"
 
-    def find(self, ckpt_path: str | None, overwrite: bool) -> Path | None:
+    def find(self, goes_on: bool, overwrite: bool) -> Path | None:
         """The checkpoint to go on from; none starts at the beginning.
 
         Args:
-            ckpt_path: A file, or `last` for the newest here, whatever its settings were; none goes
-                on only where the settings were the same.
-            overwrite: Start afresh, unless a checkpoint is named.
+            goes_on: Go on from the newest also where settings were others.
+            overwrite: Start afresh, unless it is to go on.
 
         Raises:
-            InputError: Another training was cut off here, which would be lost.
+            InputError: Another training was cut off here, which would be lost, or to go on with it
+                would compare what cannot be compared.
         """
-        if ckpt_path not in (None, "last"):
-            return Path(str(ckpt_path))
-        if self.last.exists():
-            if ckpt_path is None and not overwrite:
+        is_there = self.last.exists()
+        if (is_there or self.stage.exists()) and not self._is_ours():
+            if goes_on and is_there:
+                self._refuse_incomparable()
+            elif not overwrite:
                 self._refuse_other()
-            if ckpt_path == "last" or not overwrite:
-                logger.info("fit: training goes on from %s", self.last)
-                return self.last
-        if ckpt_path == "last":
+        if is_there and (goes_on or not overwrite):
+            logger.info("fit: training goes on from %s", self.last)
+            return self.last
+        if goes_on:
             logger.info(
                 "fit: there is no %s to continue; training starts at the beginning", self.last
             )
         return None
 
     def prepare(self, resume: Path | None, overwrite: bool) -> None:
-        """Makes the folder this training's, with the checkpoint to go on from as the last one."""
-        is_here = resume is not None and resume.resolve().parent == self.path.resolve()
-        found = self._made_from()
-        is_same = found is not None and found.digest == self._wanted.digest and not overwrite
-        # What another training left would be taken for this one's.
-        if not is_here and (resume is not None or not is_same):
-            kept = self.path.with_name(f".{self.path.name}.resumed")
-            if resume is not None:
-                shutil.copyfile(resume, kept)
+        """Makes the folder this training's; takes away what another left, or is to be replaced."""
+        if resume is None and (overwrite or not self._is_ours()):
             shutil.rmtree(self.path, ignore_errors=True)
-            if resume is not None:
-                self.path.mkdir(parents=True)
-                kept.replace(self.last)
-        elif resume is not None and resume.resolve() != self.last.resolve():
-            with replacing(self.last) as partial:
-                shutil.copyfile(resume, partial)
         write_json(self._origin, self._wanted.to_json())
 
     def _made_from(self) -> Manifest | None:
         is_there = self._origin.exists()
         return Manifest.from_json(json.loads(self._origin.read_text()) if is_there else None)
 
-    def _refuse_other(self) -> None:
+    def _is_ours(self) -> bool:
         found = self._made_from()
-        if found is not None and found.digest == self._wanted.digest:
-            return
-        changed = [] if found is None else differences(found.inputs, self._wanted.inputs)
-        reason = f" (different: {', '.join(changed)})" if changed else ""
+        return found is not None and found.digest == self._wanted.digest
+
+    def _inputs(self) -> dict[str, Any]:
+        found = self._made_from()
+        return {} if found is None else found.inputs
+
+    def _refuse_other(self) -> None:
+        changed = ", ".join(differences(self._inputs(), self._wanted.inputs))
         raise InputError(
-            f"{self.path} holds a training with other settings that was cut off{reason}; go on "
-            "with it by --ckpt_path last, or start afresh by --model.overwrite true"
+            f"{self.path} holds a training with other settings that was cut off (different: "
+            f"{changed}); go on with it by --ckpt_path last, or start afresh by --model.overwrite "
+            "true"
         )
+
+    def _refuse_incomparable(self) -> None:
+        there, here = self._inputs(), self._wanted.inputs
+        changed = [name for name in _FIXED if there.get(name) != here[name]]
+        before, now = _fixed_settings(there), _fixed_settings(here)
+        changed += [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise InputError(
+                f"{self.path} holds a training of another {', '.join(changed)}, from which this "
+                "one cannot go on; set it as it was, or start afresh by --model.overwrite true "
+                "without --ckpt_path"
+            )
+
+
+def _fixed_settings(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a recovery that may not change within a training."""
+    settings = inputs.get("recovery", {}).get("init_args", {})
+    teacher = settings.get("teacher", {}).get("init_args", {})
+    return {"lora": settings.get("lora"), "teacher.cache": teacher.get("cache")}

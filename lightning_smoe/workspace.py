@@ -221,14 +221,18 @@ class Workspace:
         }
         return Manifest("evaluate", inputs)
 
-    def check_space(self, *results: Path) -> None:
+    def check_space(self, *results: Path, more: int = 0) -> None:
         """Checks that the checkpoint folders that are still to come fit on the disk.
+
+        Args:
+            results: The folders.
+            more: Bytes of what else is to come.
 
         Raises:
             OSError: They do not; nothing was written.
         """
         missing = sum(not path.exists() for path in results)
-        require_space(self.folder, missing * self._result_bytes)
+        require_space(self.folder, missing * self._result_bytes + more)
 
 
 def found_manifest(folder: Path) -> Manifest | None:

@@ -15,8 +15,8 @@ from lightning_smoe.errors import InputError
 
 # Adam keeps two moments of each weight, in the weight's type.
 _NUM_MOMENTS = 2
-# Of float32 for each trained number: the last checkpoint, the best, and one that is being written.
-KEPT_BYTES = 3 * (1 + _NUM_MOMENTS) * 4
+# Of a checkpoint, for each number that is trained in float32.
+CHECKPOINT_BYTES = 4 * (1 + _NUM_MOMENTS)
 
 
 def checkpoint_bytes(module: nn.Module) -> int:

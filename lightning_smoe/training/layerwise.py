@@ -130,7 +130,6 @@ class LayerwiseModule(LightningModule):
         scale = self._mean_square(wanted)
         num_steps = sum(map(len, orders))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
-        layer.train()
         errors = []
         for order in orders:
             total = 0.0
@@ -141,7 +140,6 @@ class LayerwiseModule(LightningModule):
                 optimizer.step()
                 schedule.step()
             errors.append(total / len(order))
-        layer.eval()
         optimizer.zero_grad()
         return errors[0], errors[-1]
 

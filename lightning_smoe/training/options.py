@@ -74,5 +74,7 @@ class Recovery:
     @property
     def deciding(self) -> "Recovery":
         """The same, but for what decides only memory and how often a training is kept."""
-        teacher = replace(self.teacher, placement="device")
+        # Without it whole, no layer is trained by itself first.
+        is_whole = self.teacher.placement != "sharded"
+        teacher = replace(self.teacher, placement="device") if is_whole else self.teacher
         return replace(self, checkpoint_every=1, gradient_checkpointing=False, teacher=teacher)

