@@ -19,6 +19,7 @@ LESS = {
     "data.calib_tokens": 2048,
     "data.valid_tokens": 2048,
     "data.test_tokens": 2048,
+    "model.baselines": "false",
     "model.recovery.layerwise.tokens": 2048,
     "trainer.max_steps": 2,
     "trainer.val_check_interval": 1,
