@@ -1,5 +1,7 @@
 """What can be known before a training: refused before any work is spent."""
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -12,7 +14,7 @@ from lightning_smoe.teaching import check_cached, plan_cache
 from lightning_smoe.training.keeping import CHECKPOINT_BYTES
 from lightning_smoe.training.lora import check_lora
 from lightning_smoe.training.losses import Losses
-from lightning_smoe.training.trainable import find_trained
+from lightning_smoe.training.trainable import TrainedGroup, find_trained
 from lightning_smoe.workspace import Workspace
 
 
@@ -25,9 +27,9 @@ def check_training(trainer: Trainer, work: Workspace) -> None:
         OSError: Results or checkpoints do not fit on the disk.
     """
     _check_loop(trainer, work)
-    _check_recovery(trainer, work)
+    groups = _check_recovery(trainer, work)
     results = (work.compressed_path, work.recovered_path)
-    work.check_space(*results, more=_training_bytes(work))
+    work.check_space(*results, more=_training_bytes(work, groups))
     work.data.check_fills_a_step(trainer.world_size, trainer.accumulate_grad_batches)
 
 
@@ -70,7 +72,8 @@ def _check_interval(interval: int, window: int, batches: int) -> None:
         )
 
 
-def _check_recovery(trainer: Trainer, work: Workspace) -> None:
+def _check_recovery(trainer: Trainer, work: Workspace) -> list[TrainedGroup]:
+    """Checks what is trained on the outline of the original, and returns it."""
     recovery = work.experiment.recovery
     model = outline(work.source)
     groups = find_trained(model, recovery.parts, recovery.learning_rate)
@@ -88,12 +91,11 @@ def _check_recovery(trainer: Trainer, work: Workspace) -> None:
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
         _check_slices_have_work(work)
+    return groups
 
 
-def _training_bytes(work: Workspace) -> int:
+def _training_bytes(work: Workspace, groups: Sequence[TrainedGroup]) -> int:
     """What checkpoints that are still to come take, one more than stays; adapters left out."""
-    recovery = work.experiment.recovery
-    groups = find_trained(outline(work.source), recovery.parts, recovery.learning_rate)
     files = [work.training_path / name for name in ("last.ckpt", "best.ckpt")]
     count = 1 + sum(not file.exists() for file in files)
     return count * CHECKPOINT_BYTES * sum(group.num_parameters for group in groups)

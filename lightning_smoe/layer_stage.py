@@ -17,6 +17,7 @@ from lightning_smoe.training.random_state import read_generators, write_generato
 from lightning_smoe.training.recovery import RecoveryModule
 from lightning_smoe.training.teacher import LiveTeacher
 from lightning_smoe.training.trained_state import load_trained, trained_state
+from lightning_smoe.training_folder import STAGE
 from lightning_smoe.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _KL = "valid/kl"
 
 def stage_path(work: Workspace) -> Path:
     """Where what the stage trained is kept, with its KL."""
-    return work.training_path / "layerwise.safetensors"
+    return work.training_path / STAGE
 
 
 def read_stage(work: Workspace) -> tuple[float, dict[str, torch.Tensor]] | None:

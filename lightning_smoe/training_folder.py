@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 # Another model, text or teacher would give other numbers for the same weights.
 _FIXED = ("compressed", "validation text", "dtype")
 
+# What layers learned, each by itself.
+STAGE = "layerwise.safetensors"
+
 
 class TrainingFolder:
     """Checkpoints of one training, and what it was made from.
@@ -25,7 +28,7 @@ class TrainingFolder:
 
     def __init__(self, path: Path, wanted: Manifest) -> None:
         self.path, self._wanted = path, wanted
-        self.last, self.stage = path / "last.ckpt", path / "layerwise.safetensors"
+        self.last, self.stage = path / "last.ckpt", path / STAGE
         self._origin = path / "manifest.json"
 
     def find(self, goes_on: bool, overwrite: bool) -> Path | None:
