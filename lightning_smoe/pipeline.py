@@ -21,10 +21,11 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.card import model_card
-from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.head import check_isolates
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.mapped import is_mapped
+from lightning_smoe.models.saving import save
 from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)

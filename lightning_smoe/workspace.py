@@ -16,7 +16,8 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import AUTO, DTYPES, Experiment
 from lightning_smoe.functional.allocation import even_counts
 from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
-from lightning_smoe.models.checkpoint import counted_config, outline
+from lightning_smoe.models.checkpoint import outline
+from lightning_smoe.models.description import counted_config
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 

@@ -28,8 +28,8 @@ from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import token_nll
 from lightning_smoe.models.artifact import locked, replacing
-from lightning_smoe.models.checkpoint import verify
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.saving import verify
 from lightning_smoe.show import set_up_screen
 from lightning_smoe.training.monitor import RouterMonitor
 

@@ -1,8 +1,6 @@
-"""Loading a checkpoint, saving one that stock transformers loads, and proving that it does."""
+"""Loading a checkpoint, with its weights or without."""
 
-import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.artifact import Manifest, replacing, require_space
-from lightning_smoe.models.expert_count import patch_expert_count
-from lightning_smoe.models.folder import MANIFEST, CheckpointFolder, open_checkpoint
+from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.models.mapped import become_mapped, is_mapped, mapped_fields
 from lightning_smoe.models.registration import register
-from lightning_smoe.models.stored import TORCH_TYPES, type_in_folder
 
 logger = logging.getLogger(__name__)
 
-_SHARD_SIZE = "5GB"
-_VERIFY_TOKENS = 32
 _ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -82,6 +74,11 @@ def outline(folder: CheckpointFolder) -> PreTrainedModel:
     return _outline(folder, folder.experts_per_layer)
 
 
+def stated_outline(folder: CheckpointFolder) -> PreTrainedModel:
+    """The same as config.json has it, also where layers of the folder differ from that."""
+    return _outline(folder, {})
+
+
 def _outline(folder: CheckpointFolder, counts: Mapping[int, int]) -> PreTrainedModel:
     config, model_class = _understood(folder)
     with torch.device("meta"):
@@ -128,120 +125,3 @@ def resize_layers(model: nn.Module, counts: Mapping[int, int]) -> None:
     for layer in find_moe_layers(model):
         if layer.index in counts:
             layer.select(torch.arange(counts[layer.index], device=layer.experts.down_proj.device))
-
-
-def save(
-    model: PreTrainedModel,
-    source: CheckpointFolder,
-    target: Path,
-    *,
-    manifest: Manifest,
-    card: str,
-) -> None:
-    """Writes a compressed model beside the files of its original, and proves that it reloads.
-
-    The weights of `model` are rounded in place to the type in which they are stored, and it is put
-    in evaluation mode; if router rows share experts, it becomes a mapped model. The folder appears
-    only after it was reloaded and gave the same weights and logits bit for bit.
-
-    Args:
-        model: The model, in memory.
-        source: Folder of the original: its config.json is copied but for the number of experts (or
-            how they are shared), its tokenizer and generation settings byte for byte.
-        target: Folder to write.
-        manifest: What made it.
-        card: Text of the model card.
-
-    Raises:
-        OSError: No space is left on the disk; nothing is written.
-        InputError: The reloaded folder does not give the model's weights or logits.
-    """
-    config, uneven = _described(model, source)
-    state = _round_in_place(model, source)
-    require_space(target, sum(t.numel() * t.element_size() for t in state.values()))
-    with replacing(target) as partial:
-        model.save_pretrained(partial, state_dict=state, max_shard_size=_SHARD_SIZE)
-        for file in partial.glob("*.json"):
-            if file.name != "model.safetensors.index.json":
-                file.unlink()
-        for file in source.other_files:
-            shutil.copyfile(file, partial / file.name)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (partial / "config.json").write_text(text, "utf-8")
-        (partial / "README.md").write_text(card, "utf-8")
-        stored = {"schema": 1, "experts_per_layer": uneven, "manifest": manifest.to_json()}
-        (partial / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
-        verify(partial, model)
-
-
-def _described(
-    model: PreTrainedModel, source: CheckpointFolder
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The configuration of a model, and the layers whose count it cannot say."""
-    if is_mapped(model):
-        become_mapped(model)
-        return mapped_fields(model, source.config), {}
-    return counted_config(source, {x.index: x.num_experts for x in find_moe_layers(model)})
-
-
-def counted_config(
-    source: CheckpointFolder, counts: dict[int, int]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The configuration for these counts, and the layers whose count it cannot say."""
-    # What config.json says, also where the layers of the source differ from it.
-    stated = {layer.num_experts for layer in find_moe_layers(_outline(source, {}))}
-    if len(set(counts.values())) == 1 == len(stated):
-        old, new = stated.pop(), next(iter(counts.values()))
-        config = source.config if old == new else patch_expert_count(source.config, old, new)
-        return config, {}
-    return source.config, {str(index): count for index, count in counts.items()}
-
-
-@torch.no_grad()
-def _round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> dict[str, torch.Tensor]:
-    """Rounds every weight to the type it has in the source, and returns the state to store."""
-    state: dict[str, torch.Tensor] = {}
-    by_address: dict[int, torch.Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            state[key] = tensor
-        elif tensor.data_ptr() in by_address:
-            # Tied weights stay one tensor, so that they are stored once.
-            state[key] = by_address[tensor.data_ptr()]
-        else:
-            stored = type_in_folder(model, source, key, tensor)
-            state[key] = tensor.to(TORCH_TYPES.get(stored, tensor.dtype))
-            tensor.copy_(state[key])
-            by_address[tensor.data_ptr()] = state[key]
-    return state
-
-
-@torch.no_grad()
-def verify(folder: Path, model: PreTrainedModel) -> None:
-    """Reloads a folder; compares its weights and logits with the model's, in evaluation mode.
-
-    Raises:
-        InputError: They differ in a single bit, or a tensor is missing.
-    """
-    # A router may draw at random while it is trained.
-    model.eval()
-    device = next(model.parameters()).device
-    reloaded = load(folder, next(model.parameters()).dtype)
-    reloaded.to(device)  # type: ignore[arg-type]  # declared wrongly in transformers 5.23
-    stored = reloaded.state_dict()
-    changed = [k for k, t in model.state_dict().items() if not torch.equal(t, stored[k])]
-    if changed:
-        raise InputError(
-            f"{folder} does not give the model's weights when reloaded ({', '.join(changed)}); "
-            "please report this with the family of the model"
-        )
-    size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # Any module
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(size, (1, _VERIFY_TOKENS), generator=generator).to(device)
-    expected, found = model(tokens).logits, reloaded(tokens).logits
-    if not torch.equal(expected, found):
-        difference = (expected - found).abs().max().item()
-        raise InputError(
-            f"{folder} does not give the model's logits when reloaded (they differ by "
-            f"{difference:.1e}); please report this with the family of the model"
-        )

@@ -14,9 +14,10 @@ from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.functional.divergence import kl_divergence
-from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.saving import save
 from lightning_smoe.recipe_files import read_recipe
 from tests.calibration.batches import gather, random_windows
 from tests.cli.command import QUIET

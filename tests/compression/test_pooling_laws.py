@@ -25,10 +25,11 @@ from lightning_smoe.functional.router import LogSumExp
 from lightning_smoe.functional.router_rows import Map
 from lightning_smoe.functional.saliency import Frequency
 from lightning_smoe.models.artifact import Manifest
-from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.mapped import is_mapped
+from lightning_smoe.models.saving import save
 from tests.calibration.batches import gather, random_windows
 from tests.compression.plans import compressed, copy_expert, plan_for
 from tests.families import build

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_smoe.models.artifact import Manifest
-from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.expert_count import set_expert_count
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from lightning_smoe.models.router import RouterTensor
+from lightning_smoe.models.saving import save
 
 MANIFEST = Manifest("compress", {"checkpoint": "abc"})
 CARD = "A tiny model."

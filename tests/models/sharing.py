@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.saving import save
 from tests.families import NUM_EXPERTS
 from tests.models.pruning import CARD, MANIFEST, unchanged_rows
 

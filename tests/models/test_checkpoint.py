@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_smoe.models.checkpoint import load, outline, save
+from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.expert_count import COUNT_FIELDS
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.saving import save
 from lightning_smoe.models.stored import stored_bytes
 from tests.conftest import SHIPPED_CHECKPOINT, TOKENIZER_FILES
 from tests.families import FAMILIES, NUM_EXPERTS
@@ -158,7 +159,7 @@ def test_a_sharded_checkpoint_is_compressed(
 def test_a_large_model_is_saved_in_shards_that_stock_transformers_loads(
     saved_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_smoe.models.checkpoint._SHARD_SIZE", "200KB")
+    monkeypatch.setattr("lightning_smoe.models.saving._SHARD_SIZE", "200KB")
     model = save_pruned(saved_checkpoint("qwen3_moe"), tmp_path / "out", KEPT)
     assert len(open_checkpoint(tmp_path / "out").shards) > 2
     for key, tensor in load_stock(tmp_path / "out").state_dict().items():

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.checkpoint import load, outline, save, verify
+from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.saving import save, verify
 from tests.models.pruning import (
     CARD,
     MANIFEST,
@@ -179,7 +180,7 @@ def test_an_interrupted_save_leaves_nothing(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_smoe.models.checkpoint.verify", interrupt)
+    monkeypatch.setattr("lightning_smoe.models.saving.verify", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_pruned(source, tmp_path / "out" / "compressed", 8)
     assert not list((tmp_path / "out").iterdir())

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models import modeling_smoe
-from lightning_smoe.models.checkpoint import load, outline, save
+from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.mapped import become_mapped, check_mappable
+from lightning_smoe.models.saving import save
 from tests.families import NUM_EXPERTS, build
 from tests.models.pruning import (
     CARD,

@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from lightning_smoe.models.checkpoint import load, save
+from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.saving import save
 from lightning_smoe.training.adapters import merge_trained, prepare_training
 from lightning_smoe.training.lora import Lora
 from tests.models.pruning import CARD, MANIFEST
