@@ -34,12 +34,17 @@ _VERBS = {
     "fit": ("recover", True),
     "evaluate": ("evaluate", True),
     "sweep": ("sweep", True),
+    "export": ("export", True),
     "compare": ("compare", False),
     "inspect": ("inspect", False),
     "generate": ("generate", False),
+    "verify": ("verify", False),
+    "reshard": ("reshard", False),
 }
 
-_FOLDERS = {"inspect": "CHECKPOINT ", "generate": "CHECKPOINT ", "compare": "RUN [RUN ...] "}
+_FOLDERS = {"compare": "RUN [RUN ...] "} | dict.fromkeys(
+    ("inspect", "generate", "verify", "reshard"), "CHECKPOINT "
+)
 
 _TRAINER_DEFAULTS = {
     "max_steps": 200,

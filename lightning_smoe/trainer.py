@@ -12,11 +12,13 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
 )
 
-from lightning_smoe import compare, fit_checks, judge, pipeline, recover, show, sweep, teaching
+from lightning_smoe import fit_checks, judge, pipeline, recover, sweep, teaching
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.tasks import TaskSuite
 from lightning_smoe.experiment import Experiment
+from lightning_smoe.export import Export, Form, fitted_by
+from lightning_smoe.folder_verbs import FolderVerbs
 from lightning_smoe.measure import Split
 from lightning_smoe.models.artifact import locked
 from lightning_smoe.recipe_files import find_recipe, read_recipes
@@ -24,7 +26,7 @@ from lightning_smoe.trainer_checks import check_devices, check_loops
 from lightning_smoe.workspace import Workspace
 
 
-class SMoETrainer(Trainer):
+class SMoETrainer(FolderVerbs, Trainer):
     """Runs the steps of an experiment; every verb brings the steps before it."""
 
     @contextmanager
@@ -211,32 +213,34 @@ class SMoETrainer(Trainer):
         with self._working(model, datamodule, ("calib", split), check) as work:
             sweep.sweep(self, work, grid)
 
-    def compare(self, runs: list[Path], output: Path | None = None) -> None:
-        """Shows finished runs side by side.
-
-        Args:
-            runs: Folders with report.json or sweep.json, all of one original.
-            output: Folder for the table and a picture of it; null only shows the table.
-        """
-        compare.compare(runs, output)
-
-    def inspect(self, checkpoint: str) -> None:
-        """Prints what is in a checkpoint: family, layers, experts, parameters, bytes.
-
-        Args:
-            checkpoint: Checkpoint folder, or organisation/name on the Hugging Face hub.
-        """
-        show.inspect(checkpoint)
-
-    def generate(
-        self, checkpoint: str, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0
+    def export(
+        self,
+        model: Experiment,
+        datamodule: TextDataModule,
+        *,
+        to: Form,
+        output: Path,
+        checkpoint: Path | None = None,
+        strength: float = 1e-3,
     ) -> None:
-        """Continues a prompt with any checkpoint.
+        """Writes a result in a form that other programs read.
 
         Args:
-            checkpoint: Checkpoint folder, or organisation/name on the Hugging Face hub.
-            prompt: Text to continue.
-            max_new_tokens: Tokens to write, at least 1.
-            temperature: Randomness of the choice, 0 or more; 0 takes the likeliest token.
+            model: The experiment.
+            datamodule: The text.
+            to: `stock` fits rows of the router to experts that several rows share, so that the
+                checkpoint needs no code of its own; `experts` lists as JSON which experts of the
+                original each layer keeps.
+            output: Folder for stock, file for experts.
+            checkpoint: Folder to export to stock: compressed/ if null, or such as recovered/.
+            strength: Pull of the fitted rows toward the mean of those that they stand for, at
+                least 1e-6.
         """
-        show.generate(checkpoint, prompt, max_new_tokens, temperature)
+        made: list[Export] = []
+        router = fitted_by(strength)
+
+        def check(work: Workspace) -> None:
+            made.append(Export(work, to, output, checkpoint, router=router))
+
+        with self._settling(model, datamodule, ("calib",), check) as work:
+            made[0](self, work)

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 # What the words right behind a verb are, before the first option.
-POSITIONAL = {"inspect": "checkpoint", "generate": "checkpoint", "compare": "runs"}
+POSITIONAL = {"compare": "runs"} | dict.fromkeys(
+    ("inspect", "generate", "verify", "reshard"), "checkpoint"
+)
 _LISTS = {
     "evaluate": ("others", "tasks"),
     "sweep": ("recipes", "keep", "seeds"),
