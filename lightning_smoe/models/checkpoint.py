@@ -1,7 +1,7 @@
 """Loading a checkpoint, with its weights or without."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +51,26 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{folder.path} lacks {len(lost)} tensors that its config.json needs, such as "
             f"{lost[0]}; copy the checkpoint again"
         )
-    if report["unexpected_keys"]:
-        extra = sorted(map(str, report["unexpected_keys"]))
-        logger.warning("%s: %d tensors are not used, such as %s", folder.path, len(extra), extra[0])
-    _align(model)
+    warn_unused(folder, map(str, report["unexpected_keys"]))
+    align(model)
     return model
 
 
-def _align(model: nn.Module) -> None:
+def warn_unused(folder: CheckpointFolder, keys: Iterable[str]) -> None:
+    """Says which tensors of a folder the model has no place for, if there are any."""
+    extra = sorted(keys)
+    if extra:
+        logger.warning("%s: %d tensors are not used, such as %s", folder.path, len(extra), extra[0])
+
+
+def align(model: nn.Module) -> None:
     """Moves weights to where torch would have put them.
 
     Where a tensor lies in its file decides which kernel multiplies it, and so the last bits of the
     product: without this, equal weights from two files give logits that differ by 1e-7.
     """
     for parameter in model.parameters():
-        if parameter.data_ptr() % _ALIGNMENT:
+        if not parameter.is_meta and parameter.data_ptr() % _ALIGNMENT:
             parameter.data = parameter.data.clone()
 
 
@@ -83,6 +88,20 @@ def _outline(folder: CheckpointFolder, counts: Mapping[int, int]) -> PreTrainedM
     config, model_class = _understood(folder)
     with torch.device("meta"):
         model: PreTrainedModel = _sized(model_class, counts)._from_config(config)
+    return model
+
+
+def skeleton(folder: CheckpointFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """Builds the model of a folder as `load` does, with weights that are not those of its files.
+
+    Args:
+        folder: The checkpoint.
+        dtype: Type of the weights.
+    """
+    config, model_class = _understood(folder)
+    model: PreTrainedModel = _sized(model_class, folder.experts_per_layer)._from_config(
+        config, dtype=dtype
+    )
     return model
 
 

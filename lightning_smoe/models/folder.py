@@ -81,6 +81,14 @@ class CheckpointFolder:
         """Type, shape and place of every tensor, by key."""
         return {k: v for shard in self.shards for k, v in _header(shard).items()}
 
+    @cached_property
+    def _shard_of(self) -> dict[str, Path]:
+        return {key: shard for shard in self.shards for key in _header(shard)}
+
+    def shard_of(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return self._shard_of[key]
+
     @property
     def num_bytes(self) -> int:
         """Size of the weight files, in bytes."""

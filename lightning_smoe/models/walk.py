@@ -88,6 +88,22 @@ def run_layer(layer: nn.Module, batch: WaitingBatch, index: int) -> Float[Tensor
     return states
 
 
+@torch.no_grad()
+def finish(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], states: Float[Tensor, "..."]
+) -> Float[Tensor, "batch sequence hidden"]:
+    """Runs all that comes between the last decoder layer and the head.
+
+    Args:
+        model: The model.
+        batch: As for `final_states`.
+        states: Hidden states behind the last decoder layer.
+    """
+    with _replaced_forward(decoder_layers(model), lambda *_args, **_kwargs: states):
+        final: Tensor = model.base_model(**model_inputs(batch), use_cache=False)[0]
+    return final
+
+
 @contextmanager
 def _replaced_forward(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Lets the model call `forward` in the place of each decoder layer."""
