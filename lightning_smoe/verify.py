@@ -16,7 +16,6 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.comparison import (
     Comparison,
-    LayerOrigin,
     compare_folders,
     config_differences,
     file_differences,
@@ -30,6 +29,7 @@ from lightning_smoe.models.inventory import (
     check_index,
     check_tensors,
 )
+from lightning_smoe.models.origins import LayerOrigin
 from lightning_smoe.models.stored import stored_bytes, stored_type
 from lightning_smoe.models.tensor_reader import TensorReader
 
@@ -75,8 +75,8 @@ def _num_bytes(folder: CheckpointFolder, source: CheckpointFolder | None) -> int
     """Bytes that will be read: once for the hashes, for the numbers and for a comparison."""
     noted: Any = folder.manifest.get("files")
     hashed = [folder.path / name for name in noted] if isinstance(noted, dict) else []
-    passes = 1 if source is None else 2
-    return passes * folder.num_bytes + sum(p.stat().st_size for p in hashed if p.is_file())
+    sizes = [path.stat().st_size for path in hashed if path.is_file()]
+    return (1 if source is None else 2) * folder.num_bytes + sum(sizes)
 
 
 @contextmanager

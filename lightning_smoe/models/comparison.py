@@ -78,7 +78,7 @@ def _check_alike(new: Side, old: Side) -> None:
 def _roles(side: Side) -> dict[str, str]:
     """The part of every stored tensor that is in one."""
     parts = parameters_of_parts(side.model)
-    found = {}
+    found: dict[str, str] = {}
     for part in PARTS:
         for name in parts[part] if part not in ("all", "down_proj") else ():
             found |= dict.fromkeys(side.keys[name], str(part))

@@ -185,4 +185,4 @@ def _is_telling(tensor: Tensor) -> bool:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return hashlib.blake2b(as_bytes(tensor).numpy(), digest_size=16).digest()
+    return hashlib.blake2b(as_bytes(tensor).numpy().data, digest_size=16).digest()

@@ -53,7 +53,7 @@ def _write(shard: Shard, folder: Path, stored: TensorReader) -> None:
         file.write(shard.header)
         for key in shard.tensors:
             for piece in stored.pieces(key):
-                file.write(as_bytes(piece).numpy())
+                file.write(as_bytes(piece).numpy().data)
 
 
 def _follow(folder: CheckpointFolder, written: Path) -> None:
