@@ -1,0 +1,93 @@
+"""How far a walk over decoder layers came, on disk: a killed one goes on at the layer it was at."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_smoe.models.artifact import replacing, write_json
+
+Reduce = Callable[[Tensor, str], Tensor]
+
+
+class WalkProgress:
+    """A folder beside an artifact that is in the making; every process notes its own states there.
+
+    Args:
+        artifact: What is made.
+        digest: Of what it is made from; what was noted for another is dropped.
+        rank: Number of this process.
+        num_processes: All processes; what another number of them noted is dropped.
+        reduce: Sum or maximum of a tensor over processes, as its second argument says; none for
+            one process.
+    """
+
+    def __init__(
+        self,
+        artifact: Path,
+        digest: str,
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.folder = parts_of(artifact)
+        self._origin = {"digest": digest, "processes": num_processes}
+        self._rank = rank
+        self._reduce: Reduce = reduce or (lambda tensor, _how: tensor)
+
+    def open(self) -> int:
+        """Drops what was noted for something else.
+
+        Returns:
+            Decoder layers that all processes are through with.
+        """
+        done = 0
+        if self._is_ours():
+            noted = [int(path.name.split("-")[1]) for path in self.folder.glob(self._name("*"))]
+            done = max(noted, default=0)
+        # Processes may be a layer apart, and each keeps its last two.
+        agreed = -int(self._reduce(torch.tensor(-done), "max"))
+        if agreed == 0 and self._rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "walk.json", self._origin)
+        # A barrier: nobody writes before the folder is there.
+        self._reduce(torch.tensor(0), "max")
+        return agreed
+
+    def _is_ours(self) -> bool:
+        path = self.folder / "walk.json"
+        return path.exists() and json.loads(path.read_text()) == self._origin
+
+    def _name(self, layer: int | str) -> str:
+        number = layer if isinstance(layer, str) else f"{layer:05d}"
+        return f"states-{number}-{self._rank}.safetensors"
+
+    def note(self, done: int, states: Mapping[str, Tensor]) -> None:
+        """Notes that this process is through with so many layers, and the states behind them."""
+        with replacing(self.folder / self._name(done)) as partial:
+            save_file({name: t.cpu().contiguous() for name, t in states.items()}, partial)
+        (self.folder / self._name(done - 2)).unlink(missing_ok=True)
+
+    def states(self, done: int) -> dict[str, Tensor]:
+        """What was noted."""
+        return load_file(self.folder / self._name(done))
+
+    def path(self, name: str) -> Path:
+        """A place for what else is kept until the artifact is complete."""
+        return self.folder / name
+
+    def close(self) -> None:
+        """Takes the folder away, once the artifact is complete."""
+        if self._rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def parts_of(artifact: Path) -> Path:
+    """The folder beside an artifact that holds the parts of it that are done."""
+    return artifact.with_name(f".{artifact.name}.parts")
