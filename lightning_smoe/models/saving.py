@@ -2,19 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.artifact import Manifest, replacing, require_space
+from lightning_smoe.models import modeling_smoe
+from lightning_smoe.models.artifact import Manifest, replacing, require_space, sha256_of_file
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.description import described
 from lightning_smoe.models.folder import MANIFEST, CheckpointFolder
-from lightning_smoe.models.stored import TORCH_TYPES, type_in_folder
+from lightning_smoe.models.modeling_smoe import TYPE_PREFIX
+from lightning_smoe.models.shard_writer import ShardWriter
+from lightning_smoe.models.shards import MAX_SHARD_SIZE
+from lightning_smoe.models.stored import round_in_place, state_parts, stored_layout, stored_state
 
-_SHARD_SIZE = "5GB"
+_CARD = "README.md"
 _VERIFY_TOKENS = 32
 
 
@@ -25,6 +31,7 @@ def save(
     *,
     manifest: Manifest,
     card: str,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Writes a compressed model beside the files of its original, and proves that it reloads.
 
@@ -39,46 +46,60 @@ def save(
         target: Folder to write.
         manifest: What made it.
         card: Text of the model card.
+        max_shard_size: Weights in one file at most, in bytes.
 
     Raises:
         OSError: No space is left on the disk; nothing is written.
         InputError: The reloaded folder does not give the model's weights or logits.
     """
     config, uneven = described(model, source)
-    state = _round_in_place(model, source)
-    require_space(target, sum(t.numel() * t.element_size() for t in state.values()))
+    round_in_place(model, source)
+    layout = stored_layout(model, source, max_shard_size)
+    require_space(target, layout.num_bytes)
     with replacing(target) as partial:
-        model.save_pretrained(partial, state_dict=state, max_shard_size=_SHARD_SIZE)
-        for file in partial.glob("*.json"):
-            if file.name != "model.safetensors.index.json":
-                file.unlink()
-        for file in source.other_files:
-            shutil.copyfile(file, partial / file.name)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (partial / "config.json").write_text(text, "utf-8")
-        (partial / "README.md").write_text(card, "utf-8")
-        stored = {"schema": 1, "experts_per_layer": uneven, "manifest": manifest.to_json()}
-        (partial / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
+        writer = ShardWriter(partial, layout)
+        for part in state_parts(model):
+            writer.write(stored_state(model, source, part))
+        writer.finish()
+        write_beside(partial, source, config=config, uneven=uneven, manifest=manifest, card=card)
         verify(partial, model)
 
 
-@torch.no_grad()
-def _round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> dict[str, torch.Tensor]:
-    """Rounds every weight to the type it has in the source, and returns the state to store."""
-    state: dict[str, torch.Tensor] = {}
-    by_address: dict[int, torch.Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            state[key] = tensor
-        elif tensor.data_ptr() in by_address:
-            # Tied weights stay one tensor, so that they are stored once.
-            state[key] = by_address[tensor.data_ptr()]
-        else:
-            stored = type_in_folder(model, source, key, tensor)
-            state[key] = tensor.to(TORCH_TYPES.get(stored, tensor.dtype))
-            tensor.copy_(state[key])
-            by_address[tensor.data_ptr()] = state[key]
-    return state
+def write_beside(
+    folder: Path,
+    source: CheckpointFolder,
+    *,
+    config: Mapping[str, Any],
+    uneven: Mapping[str, int],
+    manifest: Manifest,
+    card: str,
+) -> None:
+    """Writes all of a checkpoint folder but its weights, which are there already.
+
+    Args:
+        folder: The folder; smoe.json notes the hash of every file in it but the card's.
+        source: Folder of the original, whose tokenizer and generation settings are copied.
+        config: Content of config.json.
+        uneven: Experts of those decoder layers of which config.json cannot say it.
+        manifest: What made the folder.
+        card: Text of the model card.
+    """
+    is_mapped = str(config["model_type"]).startswith(TYPE_PREFIX)
+    code = [Path(modeling_smoe.__file__)] if is_mapped else []
+    for file in (*source.other_files, *code):
+        shutil.copyfile(file, folder / file.name)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
+    (folder / _CARD).write_text(card, "utf-8")
+    # A card is there to be edited.
+    files = sorted(p for p in folder.iterdir() if p.name not in (_CARD, MANIFEST))
+    stored = {
+        "schema": 1,
+        "experts_per_layer": uneven,
+        "files": {file.name: sha256_of_file(file) for file in files},
+        "manifest": manifest.to_json(),
+    }
+    (folder / MANIFEST).write_text(json.dumps(stored, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -1,17 +1,107 @@
-"""The types and sizes that weights have on disk."""
+"""The names, types and sizes that weights have on disk."""
+
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_smoe.models.folder import CheckpointFolder
+from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
+from lightning_smoe.models.shards import MAX_SHARD_SIZE, ShardLayout, StoredTensor
 
 TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def stored_layout(
+    model: PreTrainedModel, source: CheckpointFolder, max_bytes: int = MAX_SHARD_SIZE
+) -> ShardLayout:
+    """Where each tensor of a model will lie on disk, whether or not its weights are there.
+
+    Args:
+        model: The model; any part of it may be on the meta device.
+        source: Folder of its original.
+        max_bytes: Weights in one file at most, in bytes.
+    """
+    shapes = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    state = stored_state(model, source, shapes)
+    return ShardLayout.of({k: StoredTensor.of(t) for k, t in state.items()}, max_bytes)
+
+
+def stored_state(
+    model: PreTrainedModel, source: CheckpointFolder, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A part of a model under the names and in the types that it has on disk.
+
+    Args:
+        model: The model.
+        source: Folder of its original, whose types it takes.
+        state: Tensors by their names in the model, of whole modules; tied ones may be among them
+            more than once and come out once.
+    """
+    left_out = _not_stored(model)
+    typed = {
+        key: tensor.detach().to(_type_on_disk(model, source, key, tensor))
+        for key, tensor in state.items()
+        if key not in left_out
+    }
+    stored: dict[str, Tensor] = revert_weight_conversion(model, typed)
+    return stored
+
+
+def state_parts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The state of a model in parts: what is outside of decoder layers, then each of those."""
+    path, _ = decoder_layer_of(find_moe_layers(model)[0].name)
+    number = re.compile(re.escape(path) + r"\.(\d+)\.")
+    parts: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in model.state_dict().items():
+        match = number.match(key)
+        parts.setdefault(int(match[1]) if match else -1, {})[key] = tensor
+    return (parts[index] for index in sorted(parts))
+
+
+@torch.no_grad()
+def round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> None:
+    """Rounds every weight of a model to the type in which it will be stored."""
+    left_out = _not_stored(model)
+    for key, tensor in model.state_dict().items():
+        # Of tied weights one is stored, and its type counts for all.
+        if key not in left_out:
+            dtype = _type_on_disk(model, source, key, tensor)
+            if dtype != tensor.dtype:
+                tensor.copy_(tensor.to(dtype))
+
+
+def _not_stored(model: PreTrainedModel) -> set[str]:
+    """Names of tensors that a folder does without: each is another one, or never stored.
+
+    On the meta device no tensor is another one for sure, so that the configuration's word counts.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tied = [
+        target
+        for target, origin in model.all_tied_weights_keys.items()
+        if target in named and origin in named and _are_tied(named[target], named[origin])
+    ]
+    return {*tied, *(model._keys_to_ignore_on_save or ())}
+
+
+def _are_tied(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.is_meta and other.is_meta)
+
+
+def _type_on_disk(
+    model: PreTrainedModel, source: CheckpointFolder, key: str, tensor: Tensor
+) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return TORCH_TYPES.get(type_in_folder(model, source, key, tensor), tensor.dtype)
+
+
 def type_in_folder(
-    model: PreTrainedModel, source: CheckpointFolder, key: str, tensor: torch.Tensor
+    model: PreTrainedModel, source: CheckpointFolder, key: str, tensor: Tensor
 ) -> str:
     """The type that a tensor of the model has in a folder, which may name it otherwise."""
     names = revert_weight_conversion(model, {key: tensor.to("meta")})

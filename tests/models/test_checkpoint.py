@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,11 @@ def test_tokenizer_and_generation_settings_are_copied_byte_for_byte(pruned: Save
 def test_card_and_manifest_lie_beside_the_weights(pruned: Saved) -> None:
     assert (pruned.target / "README.md").read_text() == CARD
     stored = json.loads((pruned.target / "smoe.json").read_text())
+    files = stored.pop("files")
     assert stored == {"schema": 1, "experts_per_layer": {}, "manifest": MANIFEST.to_json()}
+    hashes = {name: sha256(data).hexdigest() for name, data in contents(pruned.target).items()}
+    # Whoever edits the card damages nothing.
+    assert files == {n: h for n, h in hashes.items() if n not in ("README.md", "smoe.json")}
 
 
 def test_an_outline_counts_right_and_takes_no_memory(pruned: Saved) -> None:
@@ -157,12 +162,14 @@ def test_a_sharded_checkpoint_is_compressed(
 
 
 def test_a_large_model_is_saved_in_shards_that_stock_transformers_loads(
-    saved_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lightning_smoe.models.saving._SHARD_SIZE", "200KB")
-    model = save_pruned(saved_checkpoint("qwen3_moe"), tmp_path / "out", KEPT)
-    assert len(open_checkpoint(tmp_path / "out").shards) > 2
-    for key, tensor in load_stock(tmp_path / "out").state_dict().items():
+    source = open_checkpoint(saved_checkpoint("qwen3_moe"))
+    model = load(source.path)
+    target = tmp_path / "out"
+    save(model, source, target, manifest=MANIFEST, card=CARD, max_shard_size=200_000)
+    assert len(open_checkpoint(target).shards) > 2
+    for key, tensor in load_stock(target).state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[key], rtol=0, atol=0)
 
 
