@@ -1,5 +1,6 @@
 """What config.json and smoe.json say of a compressed model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -8,27 +9,52 @@ from lightning_smoe.models.checkpoint import stated_outline
 from lightning_smoe.models.expert_count import patch_expert_count
 from lightning_smoe.models.folder import CheckpointFolder
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.models.mapped import become_mapped, is_mapped, mapped_fields
+from lightning_smoe.models.mapped import (
+    become_mapped,
+    check_describable,
+    is_mapped,
+    mapped_fields,
+    stock_fields,
+)
 
 
 def described(
     model: PreTrainedModel, source: CheckpointFolder
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The configuration of a model, and the layers whose count it cannot say."""
-    if is_mapped(model):
-        become_mapped(model)
-        return mapped_fields(model, source.config), {}
-    return counted_config(source, {x.index: x.num_experts for x in find_moe_layers(model)})
+    """The configuration of a model, the original's file, patched; and what it cannot say: nothing.
 
+    A model whose layers differ in their number of router rows, or whose rows share experts, becomes
+    a mapped model, and its configuration names the code that has to lie beside the weights
+    (`code_files`).
 
-def counted_config(
-    source: CheckpointFolder, counts: dict[int, int]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The configuration for these counts, and the layers whose count it cannot say."""
-    # What config.json says, also where the layers of the source differ from it.
-    stated = {layer.num_experts for layer in find_moe_layers(stated_outline(source))}
-    if len(set(counts.values())) == 1 == len(stated):
-        old, new = stated.pop(), next(iter(counts.values()))
-        config = source.config if old == new else patch_expert_count(source.config, old, new)
+    Args:
+        model: The model.
+        source: Folder of its original.
+
+    Raises:
+        InputError: The family has no configuration that could say it.
+    """
+    rows = {layer.index: layer.num_router_rows for layer in find_moe_layers(model)}
+    config = counted_config(source, rows)
+    if not is_mapped(model) and len(set(rows.values())) == 1:
         return config, {}
-    return source.config, {str(index): count for index, count in counts.items()}
+    become_mapped(model)
+    return mapped_fields(model, config), {}
+
+
+def counted_config(source: CheckpointFolder, rows: Mapping[int, int]) -> dict[str, Any]:
+    """The family's own configuration for as many router rows as the layer with most has.
+
+    Args:
+        source: Folder of the original.
+        rows: Router rows of each decoder layer that has experts.
+
+    Raises:
+        InputError: The family has no configuration that could say it, even beside other fields.
+    """
+    stated = stated_outline(source)
+    if len(set(rows.values())) > 1:
+        check_describable(stated)
+    old = max(layer.num_router_rows for layer in find_moe_layers(stated))
+    new, config = max(rows.values()), stock_fields(source.config)
+    return config if old == new else patch_expert_count(config, old, new)

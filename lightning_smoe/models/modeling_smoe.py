@@ -1,26 +1,31 @@
-"""Models of transformers in which several router rows share one expert, for every family.
+"""Models of transformers with other numbers of router rows and experts by layer, for every family.
 
-A router keeps all its rows; an index map of each layer sends a row to one of fewer experts, and the
-gates of selected rows that share an expert add up. `MappedQwen2MoeConfig` and
-`MappedQwen2MoeForCausalLM`, and the like for any family, are made when they are asked for.
+Layers may have different numbers of router rows, each with its expert. Or several rows share one:
+an index map of each layer sends a row to one of fewer experts, and the gates of selected rows that
+share an expert add up. Both go together. `MappedQwen2MoeConfig`, `MappedQwen2MoeForCausalLM` and
+`MappedQwen2MoeModel`, and the like for any family, are made when they are asked for.
 
 This very file also lies beside the weights of such a checkpoint, for `trust_remote_code=True`, so
 it imports nothing but torch and transformers.
 """
 
 import re
-from functools import cache
+import sys
+from functools import cache, wraps
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 
 PREFIX = "Mapped"
 TYPE_PREFIX = "mapped_"
 COUNTS_FIELD = "num_experts_per_layer"
+ROWS_FIELD = "num_router_rows_per_layer"
 MAP = "expert_map"
+_ROUTERS = ("gate", "router")
+_COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
 
 
 def __getattr__(name: str) -> Any:
@@ -39,20 +44,23 @@ def __getattr__(name: str) -> Any:
 def mapped_config(stock: Any) -> Any:
     """The configuration class of a family's mapped models.
 
-    Its field `num_experts_per_layer` is the number of experts of every decoder layer that has any:
-    a list in their order, or a dictionary by the number of the decoder layer; none leaves one
-    expert to each row. The family's own field stays the number of router rows.
+    Two fields speak of every decoder layer that has experts: by a list in their order, or by a
+    dictionary from the number of the decoder layer. `num_router_rows_per_layer` are the rows of the
+    routers; none: as many as the family's own field says, which else is the largest of them.
+    `num_experts_per_layer` are the experts that rows share by a map; none: an expert to each row,
+    and no map.
     """
 
     def post_init(config: Any, **kwargs: Any) -> None:
         stock.__post_init__(config, **kwargs)
         _announce(stock)
 
+    fields = (COUNTS_FIELD, ROWS_FIELD)
     body = {
         "__module__": __name__,
-        "__annotations__": {COUNTS_FIELD: dict[str, int] | list[int] | None},
+        "__annotations__": dict.fromkeys(fields, dict[str, int] | list[int] | None),
         "__post_init__": post_init,
-        COUNTS_FIELD: None,
+        **dict.fromkeys(fields),
         "model_type": TYPE_PREFIX + stock.model_type,
         # Expert parallelism counts on as many experts as router rows.
         "base_model_ep_plan": None,
@@ -63,7 +71,7 @@ def mapped_config(stock: Any) -> Any:
 
 @cache
 def mapped_model(stock: Any) -> Any:
-    """The class of a family's mapped models, whose layers share experts as they are told."""
+    """The class of a family's mapped models, with a head or without, built as they are told."""
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -82,34 +90,60 @@ def mapped_model(stock: Any) -> Any:
 
     def init(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(model, config, *args, **kwargs)
-        _share_all(model, getattr(config, COUNTS_FIELD))
+        _fit_all(model, config)
 
     def can_set_experts_implementation(_: type) -> bool:
         # transformers looks for a decorator in the text of this file, and would choose `eager`.
         return True
 
+    has_head = issubclass(stock, GenerationMixin)
     body = {
         "__module__": __name__,
         "__init__": init,
         "config_class": config_class,
         "_can_set_experts_implementation": classmethod(can_set_experts_implementation),
-        "_auto_class": "AutoModelForCausalLM",
+        "_auto_class": "AutoModelForCausalLM" if has_head else "AutoModel",
     }
+    if has_head and hasattr(sys.modules[stock.__module__], "load_balancing_loss_func"):
+        body["forward"] = _refusing_uneven_loss(stock)
     return type(PREFIX + stock.__name__, (stock,), body)
+
+
+def _refusing_uneven_loss(stock: Any) -> Any:
+    """The family's forward pass, that says so where its load-balancing loss is not defined."""
+
+    @wraps(stock.forward)
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("output_router_logits")
+        asked = getattr(model.config, "output_router_logits", False) if asked is None else asked
+        rows = getattr(model.config, ROWS_FIELD, None) or {}
+        if asked and len(set(rows.values() if isinstance(rows, dict) else rows)) > 1:
+            raise ValueError(
+                f"output_router_logits=True asks {type(model).__name__} for its load-balancing "
+                "loss, which is only defined for layers with equal numbers of router rows, and "
+                f"these are {rows}; set output_router_logits=False, or call its base model for the "
+                "logits of its routers"
+            )
+        return stock.forward(model, *args, **kwargs)
+
+    return forward
 
 
 @cache
 def _announce(stock: Any) -> None:
-    """Tells transformers the model class of a mapped configuration, and which tokenizer it takes.
+    """Tells transformers the model classes of a mapped configuration, and which tokenizer it takes.
 
     Not before one is needed: the module of every family would be imported.
     """
     from transformers.models.auto import modeling_auto, tokenization_auto
 
     mapped = mapped_config(stock)
-    if stock in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = mapped_model(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[stock])
-        modeling_auto.AutoModelForCausalLM.register(mapped, model, exist_ok=True)
+    for auto, known in (
+        (modeling_auto.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (modeling_auto.AutoModel, modeling_auto.MODEL_MAPPING),
+    ):
+        if stock in known:
+            auto.register(mapped, mapped_model(known[stock]), exist_ok=True)
     # Where the tokenizer class on the hub is known to be wrong, transformers goes by the type.
     names, wrong = (
         tokenization_auto.TOKENIZER_MAPPING_NAMES,
@@ -154,29 +188,41 @@ def _blank_experts(stock: Any) -> Any:
     return made.__new__(made)
 
 
-def _share_all(model: nn.Module, counts: dict[str, int] | list[int] | None) -> None:
-    """Cuts every block down to its first experts and gives it a map, as places for what is stored.
+def _fit_all(model: nn.Module, config: Any) -> None:
+    """Cuts every block down to its rows and experts, with or without a map: places to be filled.
 
     Raises:
-        ValueError: The counts do not fit the model's layers.
+        ValueError: The numbers do not fit the model's layers.
     """
-    found = {_layer_number(n): m for n, m in model.named_modules() if _holds_experts(n, m)}
-    rows = {index: int(module.down_proj.shape[0]) for index, module in found.items()}
-    if counts is None:
-        counts = list(rows.values())
-    if isinstance(counts, list):
-        counts = {str(index): count for index, count in zip(rows, counts, strict=True)}
-    wanted = {int(index): count for index, count in counts.items()}
-    fits = wanted.keys() == rows.keys() and all(0 < wanted[i] <= rows[i] for i in rows)
-    if not rows or not fits:
+    found = [n for n, m in model.named_modules() if _holds_experts(n, m)]
+    blocks: dict[int, Any] = {
+        _layer_number(name): model.get_submodule(name.rpartition(".")[0]) for name in found
+    }
+    built = {index: int(block.experts.down_proj.shape[0]) for index, block in blocks.items()}
+    rows = _told(model, config, ROWS_FIELD, built)
+    counts = _told(model, config, COUNTS_FIELD, rows)
+    for index, block in blocks.items():
+        _cut_rows(block, built[index], rows[index])
+        if getattr(config, COUNTS_FIELD) is not None:
+            _cut(block.experts, counts[index])
+            places = torch.arange(rows[index], device=block.experts.down_proj.device)
+            share_experts(block.experts, places % counts[index])
+
+
+def _told(model: nn.Module, config: Any, field: str, limits: dict[int, int]) -> dict[int, int]:
+    """A number for each layer that has experts, as a field says it; without it, the limits."""
+    told = getattr(config, field)
+    if told is None and limits:
+        return limits
+    named = told if isinstance(told, dict) else dict(zip(limits, told or (), strict=False))
+    wanted = {int(index): count for index, count in named.items()}
+    fits = len(told or ()) == len(limits) and wanted.keys() == limits.keys()
+    if not limits or not fits or not all(0 < wanted[i] <= limits[i] for i in limits):
         raise ValueError(
-            f"{COUNTS_FIELD}={counts} does not fit {type(model).__name__}, whose layers with "
-            f"experts have these numbers of router rows: {rows}"
+            f"{field}={told} does not fit {type(model).__name__}, whose layers with experts have "
+            f"these numbers of router rows: {limits}"
         )
-    for index, experts in found.items():
-        _cut(experts, wanted[index])
-        places = torch.arange(rows[index], device=experts.down_proj.device) % wanted[index]
-        share_experts(experts, places)
+    return wanted
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
@@ -188,8 +234,42 @@ def _layer_number(name: str) -> int:
     return int(re.findall(r"\.(\d+)\.", name)[0])
 
 
+def _cut_rows(block: Any, old: int, new: int) -> None:
+    """Keeps the first rows of whatever a block has for each of its experts."""
+    if new == old:
+        return
+    _cut(block.experts, new)
+    children = dict(block.named_children())
+    routers = [children[name] for name in _ROUTERS if name in children]
+    for module in (block, *(m for router in routers for m in router.modules())):
+        _recount(module, old, new)
+        # Routers that also score shared experts do so by their last rows (Inkling).
+        shared = int(getattr(module, "n_shared_experts", None) or 0)
+        named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in named:
+            is_selection = name.endswith("bias") or name == "per_expert_scale"
+            if tensor.dim() > 1 and len(tensor) == old + shared:
+                _put(module, name, torch.cat([tensor[:new], tensor[old:]]))
+            elif is_selection and tensor.shape[-1:] == (old,):
+                _put(module, name, tensor[..., :new])
+
+
 def _cut(experts: Any, count: int) -> None:
-    for name, old in list(experts.named_parameters(recurse=False)):
-        kept = old.detach()[:count].clone()
-        setattr(experts, name, nn.Parameter(kept, requires_grad=old.requires_grad))
-    experts.num_experts = count
+    old = int(experts.down_proj.shape[0])
+    for name, tensor in list(experts.named_parameters(recurse=False)):
+        _put(experts, name, tensor[:count])
+    _recount(experts, old, count)
+
+
+def _put(module: nn.Module, name: str, rows: Tensor) -> None:
+    old: Any = getattr(module, name)
+    # A copy: a view would keep all rows in memory.
+    kept: Tensor = rows.detach().clone()
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, name, nn.Parameter(kept, old.requires_grad) if is_parameter else kept)
+
+
+def _recount(module: Any, old: int, new: int) -> None:
+    for attribute in _COUNT_ATTRIBUTES:
+        if module.__dict__.get(attribute) == old:
+            module.__dict__[attribute] = new

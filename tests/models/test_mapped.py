@@ -26,12 +26,12 @@ from tests.models.pruning import (
     MANIFEST,
     contents,
     load_stock,
-    save_pruned,
     store_tensors,
     stored_tensors,
 )
 from tests.models.sharing import KEPT, assignment_of, copies, save_shared, share
 
+CONFIG = build("qwen2_moe").config.to_dict()
 # Equal experts are multiplied in other groups of tokens.
 ROUNDING = 1e-6
 
@@ -108,8 +108,13 @@ def test_the_configuration_is_the_originals_but_for_how_experts_are_shared(
         "auto_map": {
             "AutoConfig": "modeling_smoe.MappedQwen2MoeConfig",
             "AutoModelForCausalLM": "modeling_smoe.MappedQwen2MoeForCausalLM",
+            "AutoModel": "modeling_smoe.MappedQwen2MoeModel",
         },
         "num_experts_per_layer": {"0": KEPT, "2": KEPT + 1},
+        "original_fields": {
+            "model_type": "qwen2_moe",
+            "architectures": ["Qwen2MoeForCausalLM"],
+        },
     }
     assert json.loads((mapped / "smoe.json").read_text())["experts_per_layer"] == {}
     assert (mapped / "modeling_smoe.py").read_text() == Path(modeling_smoe.__file__).read_text()
@@ -181,23 +186,37 @@ def test_layers_that_were_left_alone_get_a_map_to_their_own_experts(
     assert first.expert_map.tolist() == list(range(NUM_EXPERTS))
 
 
+Numbers = list[int] | dict[str, int] | None
+
+
 @pytest.mark.parametrize("counts", [[4, 6], {"0": 4, "2": 6}, None])
-def test_a_configuration_alone_builds_a_model(counts: list[int] | dict[str, int] | None) -> None:
-    fields = build("qwen2_moe").config.to_dict() | {"num_experts_per_layer": counts}
-    config = modeling_smoe.MappedQwen2MoeConfig(**fields)
+@pytest.mark.parametrize("rows", [[8, 12], {"0": 8, "2": 12}, None])
+def test_a_configuration_alone_builds_a_model(counts: Numbers, rows: Numbers) -> None:
+    told = {"num_experts_per_layer": counts, "num_router_rows_per_layer": rows}
+    config = modeling_smoe.MappedQwen2MoeConfig(**CONFIG | told)
     layers = find_moe_layers(AutoModelForCausalLM.from_config(config))
-    wanted = [4, 6] if counts else [NUM_EXPERTS, NUM_EXPERTS]
-    assert [layer.num_experts for layer in layers] == wanted
-    for layer, count in zip(layers, wanted, strict=True):
-        assert layer.expert_map is not None
-        assert layer.expert_map.tolist() == [row % count for row in range(NUM_EXPERTS)]
+    wanted = [8, 12] if rows else [NUM_EXPERTS, NUM_EXPERTS]
+    assert [layer.num_router_rows for layer in layers] == wanted
+    assert [len(layer.router.weight) for layer in layers] == wanted
+    assert [layer.num_experts for layer in layers] == ([4, 6] if counts else wanted)
+    for layer in layers:
+        sent = None if layer.expert_map is None else layer.expert_map.tolist()
+        places = [row % layer.num_experts for row in range(layer.num_router_rows)]
+        assert sent == (places if counts else None)
 
 
-@pytest.mark.parametrize("counts", [{"0": 4}, {"0": 4, "2": 13}, {"0": 0, "2": 4}])
-def test_counts_that_do_not_fit_the_layers_are_refused(counts: dict[str, int]) -> None:
-    fields = build("qwen2_moe").config.to_dict() | {"num_experts_per_layer": counts}
-    config = modeling_smoe.MappedQwen2MoeConfig(**fields)
-    with pytest.raises(ValueError, match=r"num_experts_per_layer=.* does not fit"):
+@pytest.mark.parametrize("field", ["num_experts_per_layer", "num_router_rows_per_layer"])
+@pytest.mark.parametrize("numbers", [{"0": 4}, {"0": 4, "2": 13}, {"0": 0, "2": 4}, [4, 4, 4]])
+def test_numbers_that_do_not_fit_the_layers_are_refused(field: str, numbers: Numbers) -> None:
+    config = modeling_smoe.MappedQwen2MoeConfig(**CONFIG | {field: numbers})
+    with pytest.raises(ValueError, match=rf"{field}=.* does not fit MappedQwen2MoeForCausalLM"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_no_layer_shares_fewer_rows_than_its_router_has() -> None:
+    told = {"num_experts_per_layer": [9, 6], "num_router_rows_per_layer": [8, 12]}
+    config = modeling_smoe.MappedQwen2MoeConfig(**CONFIG | told)
+    with pytest.raises(ValueError, match=r"these numbers of router rows: \{0: 8, 2: 12\}"):
         AutoModelForCausalLM.from_config(config)
 
 
@@ -220,19 +239,12 @@ def test_a_configuration_that_is_not_the_language_models_alone_is_refused() -> N
     model = build("mixtral")
     inner = copy.copy(model.config)
     with mock.patch.object(type(inner), "get_text_config", return_value=inner):
-        with pytest.raises(InputError, match="router rows of mixtral cannot share experts"):
+        with pytest.raises(
+            InputError, match="rows of mixtral cannot share experts, nor its layers"
+        ):
             check_mappable(model)
         with pytest.raises(InputError, match="not that of a language model alone"):
             become_mapped(share(model))
-
-
-def test_a_model_with_other_rows_in_each_layer_cannot_share_experts(
-    built_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    save_pruned(built_checkpoint("mixtral"), tmp_path / "out", {0: 8})
-    with pytest.raises(InputError, match="different numbers of rows; compress the original"):
-        check_mappable(outline(open_checkpoint(tmp_path / "out")))
-    check_mappable(outline(open_checkpoint(built_checkpoint("mixtral"))))
 
 
 def test_a_file_without_a_map_is_refused(mapped: Path) -> None:
