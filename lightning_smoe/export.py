@@ -58,6 +58,13 @@ class Export:
         self._folder = _open_mapped(work, checkpoint)
         self._check_folder(work)
         self._plan = _plan_of(self._folder, work, router)
+        if len({len(layer.groups) for layer in self._plan.layers}) > 1:
+            logger.warning(
+                "export: layers of %s have different numbers of experts, so that --output %s needs "
+                "modeling_smoe.py all the same (trust_remote_code=True)",
+                self._folder.path,
+                output,
+            )
 
     def __call__(self, trainer: Trainer, work: Workspace) -> None:
         """Writes it.
@@ -139,7 +146,7 @@ def _open_mapped(work: Workspace, checkpoint: Path | None) -> CheckpointFolder:
     if checkpoint is None and not work.compressed_path.exists():
         raise InputError(f"{work.compressed_path} is not there; run compress, or give --checkpoint")
     folder = open_checkpoint(checkpoint or work.compressed_path)
-    if not folder.is_mapped:
+    if not stored_maps(folder):
         raise InputError(
             f"{folder.path}: each router row has an expert of its own, as transformers knows it; "
             "there is nothing to export"

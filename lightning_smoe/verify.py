@@ -16,6 +16,7 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.comparison import (
     Comparison,
+    check_comparable,
     compare_folders,
     config_differences,
     file_differences,
@@ -51,6 +52,10 @@ def verify(checkpoint: str, original: str | None, prompt: str) -> None:
     """
     folder = open_checkpoint(checkpoint)
     source = None if original is None else open_checkpoint(original)
+    if not prompt:
+        raise InputError("the prompt is empty; give --prompt some text")
+    if source is not None:
+        check_comparable(folder, source)
     console = Console()
     with _bar(_num_bytes(folder, source)) as advance:
         checks = list(_look(folder, advance))
@@ -74,7 +79,8 @@ def verify(checkpoint: str, original: str | None, prompt: str) -> None:
 def _num_bytes(folder: CheckpointFolder, source: CheckpointFolder | None) -> int:
     """Bytes that will be read: once for the hashes, for the numbers and for a comparison."""
     noted: Any = folder.manifest.get("files")
-    hashed = [folder.path / name for name in noted] if isinstance(noted, dict) else []
+    names: list[str] = list(noted) if isinstance(noted, dict) else []
+    hashed = [folder.path / name for name in names]
     sizes = [path.stat().st_size for path in hashed if path.is_file()]
     return (1 if source is None else 2) * folder.num_bytes + sum(sizes)
 
@@ -118,8 +124,6 @@ def _try_out(folder: CheckpointFolder, prompt: str) -> Iterator[Check]:
         yield Check("prompt", "left out: the folder holds no tokenizer")
         return
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
-        raise InputError("the prompt is empty; give --prompt some text")
     with torch.inference_mode():
         bad = not bool(torch.isfinite(model(**inputs).logits).all())
         written = model.generate(

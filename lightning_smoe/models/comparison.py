@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_smoe.errors import InputError
+from lightning_smoe.models.checkpoint import outline
 from lightning_smoe.models.difference import Difference
 from lightning_smoe.models.folder import CheckpointFolder
+from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.modeling_smoe import TYPE_PREFIX
 from lightning_smoe.models.origins import LayerOrigin, Side, find_origins
 from lightning_smoe.models.parts import PARTS, parameters_of_parts
@@ -32,6 +34,23 @@ class Comparison:
     left_out: tuple[str, ...]
 
 
+def check_comparable(folder: CheckpointFolder, original: CheckpointFolder) -> None:
+    """Checks, without a look at weights, that one may have been made from the other.
+
+    Raises:
+        InputError: They are of different families, or have other layers.
+    """
+    pair = folder, original
+    families = [each.model_type.removeprefix(TYPE_PREFIX) for each in pair]
+    names = [[layer.name for layer in find_moe_layers(outline(each))] for each in pair]
+    if families[0] != families[1] or names[0] != names[1]:
+        raise InputError(
+            f"--original {original.path} ({families[1]}, {len(names[1])} layers with experts) is "
+            f"not what {folder.path} ({families[0]}, {len(names[0])}) was made from; name its "
+            "original"
+        )
+
+
 def compare_folders(
     folder: CheckpointFolder, original: CheckpointFolder, advance: Callable[[int], object]
 ) -> Comparison:
@@ -45,9 +64,9 @@ def compare_folders(
     Raises:
         InputError: They are of different families, or have other layers.
     """
+    check_comparable(folder, original)
     with TensorReader(folder) as ours, TensorReader(original) as theirs:
         new, old = Side(folder, ours), Side(original, theirs)
-        _check_alike(new, old)
         roles: dict[str, Difference] = {}
         layers = []
         for layer, source in zip(new.layers, old.layers, strict=True):
@@ -62,17 +81,6 @@ def compare_folders(
             advance(found.numel() * found.element_size())
         left_out = sorted(theirs.places.keys() - ours.places.keys() - in_experts)
     return Comparison(roles, tuple(layers), tuple(left_out))
-
-
-def _check_alike(new: Side, old: Side) -> None:
-    families = [side.folder.model_type.removeprefix(TYPE_PREFIX) for side in (new, old)]
-    names = [[layer.name for layer in side.layers] for side in (new, old)]
-    if families[0] != families[1] or names[0] != names[1]:
-        raise InputError(
-            f"--original {old.folder.path} ({families[1]}, {len(names[1])} layers with experts) is "
-            f"not what {new.folder.path} ({families[0]}, {len(names[0])}) was made from; name its "
-            "original"
-        )
 
 
 def _roles(side: Side) -> dict[str, str]:

@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import replacing, require_space, sha256_of_file
-from lightning_smoe.models.difference import as_bytes
 from lightning_smoe.models.folder import MANIFEST, CheckpointFolder
-from lightning_smoe.models.shards import Shard, ShardLayout, StoredTensor
+from lightning_smoe.models.inventory import check_hashes
+from lightning_smoe.models.shard_writer import ShardWriter
+from lightning_smoe.models.shards import ShardLayout, StoredTensor
 from lightning_smoe.models.tensor_reader import TensorReader
 
-_INDEX = "model.safetensors.index.json"
 # What lies beside the weights and is not among a folder's other files.
 _OWN = ("config.json", "README.md", "modeling_smoe.py", MANIFEST)
 
@@ -26,9 +27,13 @@ def write_resharded(folder: CheckpointFolder, target: Path, max_bytes: int) -> i
         max_bytes: Weights in one file at most.
 
     Raises:
+        InputError: The folder is not as it was written; it would look whole afterwards.
         OSError: No space is left on the disk; nothing is written.
     """
     require_space(target, folder.num_bytes)
+    damage = check_hashes(folder, lambda _: None).wrong
+    if damage:
+        raise InputError(f"{folder.path}: {damage[0]}; copy or make the folder again")
     tensors = {
         key: StoredTensor(entry["dtype"], tuple(entry["shape"]))
         for key, entry in folder.tensors.items()
@@ -39,26 +44,20 @@ def write_resharded(folder: CheckpointFolder, target: Path, max_bytes: int) -> i
         for path in [*folder.other_files, *(folder.path / name for name in _OWN)]:
             if path.exists():
                 shutil.copyfile(path, partial / path.name)
+        writer = ShardWriter(partial, layout)
         with TensorReader(folder) as stored:
-            for shard in layout.shards:
-                _write(shard, partial, stored)
-        if layout.index is not None:
-            (partial / _INDEX).write_text(layout.index, encoding="utf-8")
+            for key in stored.places:
+                writer.write({key: stored.read(key)})
+        writer.finish()
         _follow(folder, partial)
     return len(layout.shards)
 
 
-def _write(shard: Shard, folder: Path, stored: TensorReader) -> None:
-    with (folder / shard.name).open("wb") as file:
-        file.write(shard.header)
-        for key in shard.tensors:
-            for piece in stored.pieces(key):
-                file.write(as_bytes(piece).numpy().data)
-
-
 def _follow(folder: CheckpointFolder, written: Path) -> None:
     """Notes the hashes of the files that were written, where the folder notes any."""
-    if "files" in folder.manifest:
-        files = sorted(p for p in written.iterdir() if p.name != MANIFEST)
+    noted = folder.manifest.get("files")
+    if noted is not None:
+        weights = set(written.glob("model*.safetensors*"))
+        files = sorted(weights | {written / n for n in noted if (written / n).exists()})
         manifest = {**folder.manifest, "files": {p.name: sha256_of_file(p) for p in files}}
         (written / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.models.folder import CheckpointFolder
 from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.models.modeling_smoe import COUNTS_FIELD, MAP
+from lightning_smoe.models.modeling_smoe import COUNTS_FIELD, MAP, ROWS_FIELD
 from lightning_smoe.models.tensor_reader import TensorReader
 
 
@@ -31,7 +31,8 @@ def give_each_row_its_own(model: PreTrainedModel) -> None:
     config.__class__ = type(config).__bases__[0]
     config.model_type = type(config).model_type
     config.architectures = [type(model).__name__]
-    delattr(config, COUNTS_FIELD)
+    for field in {COUNTS_FIELD, ROWS_FIELD} & vars(config).keys():
+        delattr(config, field)
 
 
 def stored_maps(folder: CheckpointFolder) -> dict[int, list[int]]:
