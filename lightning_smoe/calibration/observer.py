@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -32,6 +33,10 @@ class RoutedTokens:
     domain: Int[Tensor, " tokens"]
     outputs: Float[Tensor, "tokens top_k hidden"] | None
 
+
+# Numbers that are weighted in one go: 1 MB in float32, which stays in the caches and needs no new
+# memory from the system each time.
+_FEW_NUMBERS = 1 << 18
 
 Consumer = Callable[[MoELayer, RoutedTokens], None]
 
@@ -108,7 +113,9 @@ class _LayerWatch:
     def gather(self, _: Any, __: Any, outputs: Tensor) -> Tensor:
         outputs = outputs.view(*self._weights.shape, -1)
         self._hand_over(outputs)
-        weighted: Tensor = (outputs * self._weights.unsqueeze(-1)).sum(1)
+        few = max(1, _FEW_NUMBERS // outputs.shape[1:].numel())
+        parts = zip(outputs.split(few), self._weights.split(few), strict=True)
+        weighted = torch.cat([(part * weights.unsqueeze(-1)).sum(1) for part, weights in parts])
         return weighted.to(self._states.dtype)
 
     def _hand_over(self, outputs: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Float64, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +21,9 @@ from lightning_smoe.models.layer import MoELayer
 
 _HEADER = "statistics"
 _SAMPLE = "sample."
+# Numbers that are widened in one go: 2 MB in float64, which stay in the caches and need no new
+# memory from the system each time.
+_FEW_NUMBERS = 1 << 18
 
 
 def empty_sums(layer: MoELayer, num_domains: int, device: torch.device) -> ExpertSums:
@@ -62,8 +65,8 @@ def add_routed(sums: ExpertSums, tokens: RoutedTokens) -> None:
         return flat.index_add_(0, slot, values.double().reshape(-1)).view_as(sums.count)
 
     gates = tokens.routing_weights.double()
-    outputs = tokens.outputs.float()
-    norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
+    norms, largest = _add_outputs(sums, slot, tokens.outputs.flatten(0, 1))
+    norms = norms.view_as(gates)
     sums.num_tokens.add_(torch.bincount(tokens.domain, minlength=num_domains))
     sums.count.add_(torch.bincount(slot, minlength=sums.count.numel()).view_as(sums.count))
     sums.gate_sum.add_(by_expert(gates))
@@ -71,13 +74,29 @@ def add_routed(sums: ExpertSums, tokens: RoutedTokens) -> None:
     sums.gated_norm_sum.add_(by_expert(gates * norms))
     sums.output_energy_sum.add_(by_expert(norms.square()))
     sums.gated_energy_sum.add_(by_expert((gates * norms).square()))
-    largest = outputs.abs().amax(-1).double().reshape(-1)
     sums.output_max.view(-1).scatter_reduce_(0, slot, largest, "amax")
-    totals = sums.output_sum.flatten(0, 1)
-    totals.index_add_(0, slot, outputs.flatten(0, 1).double())
     for domain in tokens.domain.unique().tolist():
         logits = tokens.router_logits[tokens.domain == domain].double()
         sums.logit_gram[domain].addmm_(logits.T, logits)
+
+
+def _add_outputs(
+    sums: ExpertSums, slot: Int[Tensor, " routed"], outputs: Float[Tensor, "routed hidden"]
+) -> tuple[Float64[Tensor, " routed"], Float64[Tensor, " routed"]]:
+    """Adds outputs to their sum, in place.
+
+    Returns:
+        Norm and largest absolute number of each output.
+    """
+    totals = sums.output_sum.flatten(0, 1)
+    size = max(1, _FEW_NUMBERS // outputs.shape[1])
+    norms, largest = [], []
+    for part, place in zip(outputs.split(size), slot.split(size), strict=True):
+        wide = part.double()
+        totals.index_add_(0, place, wide)
+        norms.append(torch.linalg.vector_norm(wide, dim=-1))
+        largest.append(wide.abs().amax(-1))
+    return torch.cat(norms), torch.cat(largest)
 
 
 @dataclass(frozen=True, eq=False)
