@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.more_families import MORE_FAMILIES
+
 NUM_EXPERTS: Final = 12
 VOCAB_SIZE: Final = 256
 # The special tokens of checkpoints/qwen2moe-tiny-8dom, whose tokenizer is saved beside models.
@@ -18,8 +20,8 @@ PAD_TOKEN_ID: Final = 1
 # Standard deviations, so chosen that the best expert of a token leads clearly (logits spread over
 # several units) and that the experts, not the embeddings, decide the logits.
 SPREADS: Final[tuple[tuple[str, float], ...]] = (
-    (r"e_score_correction_bias$|\.router\.bias$", 0.1),
-    (r"\.(gate|router|shared_expert_gate)\.weight$", 0.5),
+    (r"e_score_correction_bias$|expert_bias$|\.router\.bias$", 0.1),
+    (r"\.(gate|router|shared_expert_gate|wg|router\.proj)\.weight$", 0.5),
     (r"\.experts\..*_bias$", 0.05),
     (r"\.(experts|shared_experts?)\.", 0.15),
 )
@@ -65,7 +67,7 @@ def _multi_latent(model_type: str, **options: Any) -> PretrainedConfig:
     )
 
 
-FAMILIES: Final[dict[str, Callable[[], PretrainedConfig]]] = {
+_FAMILIES: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "qwen2_moe": lambda: _config(
         "qwen2_moe",
         num_hidden_layers=3,
@@ -147,17 +149,28 @@ FAMILIES: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     ),
 }
 
+# Every family that can be compressed. What holds for a layout is tested on one family of it, the
+# fixture `family`; what may differ between two of one layout, on all of these.
+ALL_FAMILIES: Final = {**_FAMILIES, **MORE_FAMILIES}
+# One of each layout: a gated shared expert and a dense layer within; experts in stacks on disk,
+# softmax after the choice; groups, selection bias and shared expert; transposed and interleaved
+# matrices with biases, a tuple as output; another field for the count, a bias beside softmax.
+FAMILIES: Final = {
+    name: _FAMILIES[name]
+    for name in ("qwen2_moe", "granitemoe", "deepseek_v3", "gpt_oss", "ernie4_5_moe")
+}
+
 
 def build(family: str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
     """Builds a random float32 model of a family in eval mode, whose routing is decisive.
 
     Args:
-        family: A key of `FAMILIES`.
+        family: A key of `ALL_FAMILIES`.
         seed: Seed of every weight; equal seeds give equal models. The global generator is left
             as it was.
         vocab_size: Rows of the embedding, in tokens.
     """
-    config = FAMILIES[family]()
+    config = ALL_FAMILIES[family]()
     config.vocab_size = vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

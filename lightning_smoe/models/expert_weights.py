@@ -14,28 +14,26 @@ def is_understood(experts: Any) -> bool:
     """Says whether a module holds its experts as this file reads them."""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
     has_norm = getattr(experts, "has_post_expert_norm", False)
-    return all(hasattr(experts, flag) for flag in flags) and not has_norm
+    if has_norm or not all(hasattr(experts, flag) for flag in flags):
+        return False
+    return hasattr(experts, "gate_up_proj" if experts.has_gate else "up_proj")
 
 
-def read_weights(experts: Any) -> ExpertWeights | None:
-    """The weights in one layout (gate apart from up, outputs second); none if parts are missing."""
+def read_weights(experts: Any) -> ExpertWeights:
+    """The weights in one layout: gate apart from up, outputs on the second axis."""
 
-    def stored(name: str) -> Tensor | None:
-        tensor: Tensor | None = getattr(experts, name, None)
-        if tensor is None or not experts.is_transposed or tensor.dim() == 2:
-            return tensor
-        return tensor.transpose(1, 2)
+    def matrix(name: str) -> Tensor:
+        tensor: Tensor = getattr(experts, name)
+        return tensor.transpose(1, 2) if experts.is_transposed else tensor
 
-    up = stored("gate_up_proj" if experts.has_gate else "up_proj")
-    up_bias = stored("gate_up_proj_bias" if experts.has_gate else "up_proj_bias")
-    down = stored("down_proj")
-    if up is None or down is None:
-        return None
+    up = matrix("gate_up_proj" if experts.has_gate else "up_proj")
+    up_bias = getattr(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias", None)
     gate = gate_bias = None
     if experts.has_gate:
         gate, up = _split(experts, up)
         gate_bias, up_bias = (None, None) if up_bias is None else _split(experts, up_bias)
-    return ExpertWeights(up, down, gate, gate_bias, up_bias, stored("down_proj_bias"))
+    down_bias = getattr(experts, "down_proj_bias", None)
+    return ExpertWeights(up, matrix("down_proj"), gate, gate_bias, up_bias, down_bias)
 
 
 def store_weights(experts: Any, weights: ExpertWeights) -> None:

@@ -1,11 +1,11 @@
 """One typed view on every mixture-of-experts block of transformers.
 
-Only this file, `router.py`, `expert_weights.py` and `expert_count.py` know the names and layouts of
-transformers; `modeling_smoe.py` goes by itself.
+Only this file, `routing.py`, `router.py`, `expert_weights.py` and `expert_count.py` know the names
+and layouts of transformers; `modeling_smoe.py` goes by itself.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.experts import ExpertWeights
 from lightning_smoe.models import expert_weights
-from lightning_smoe.models.expert_count import COUNT_FIELDS, text_config
+from lightning_smoe.models.expert_count import claims_experts, recount, text_config
 from lightning_smoe.models.modeling_smoe import MAP, share_experts
-from lightning_smoe.models.router import RouterTensor, find_router_tensors
+from lightning_smoe.models.refusals import refuse_family
+from lightning_smoe.models.router import RouterTensor
+from lightning_smoe.models.routing import Routing
 
 _ROUTER_CHILDREN = ("gate", "router")
-_COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
 
 
 class MoELayer:
@@ -39,15 +40,23 @@ class MoELayer:
         self.name = name
         self.block = block
         self.experts: Any = children["experts"]
-        router = next((children[k] for k in _ROUTER_CHILDREN if k in children), None)
-        if router is None or not expert_weights.is_understood(self.experts):
+        routing = next((children[k] for k in _ROUTER_CHILDREN if k in children), None)
+        if routing is None or not expert_weights.is_understood(self.experts):
             raise InputError(
                 f"{name}: the experts ({type(self.experts).__name__}) are laid out in a way that "
                 "is not understood; lightning_smoe/models/README.md lists the families that are"
             )
-        self.router: Any = router
-        self.router_tensors = find_router_tensors(router, block, self.num_router_rows)
-        self._refuse_unknown_router()
+        self._routing = Routing(name, routing, block, self.num_router_rows)
+
+    @property
+    def router_tensors(self) -> list[RouterTensor]:
+        """Tensors of the router that have an expert axis."""
+        return self._routing.tensors
+
+    @property
+    def router(self) -> Any:
+        """The module that multiplies hidden states with the router's rows; it returns logits."""
+        return self._routing.weight.owner
 
     @property
     def index(self) -> int:
@@ -73,8 +82,7 @@ class MoELayer:
     @property
     def top_k(self) -> int:
         """Router rows that are selected for a token."""
-        owner: Any = self.router if hasattr(self.router, "top_k") else self.block
-        return int(owner.top_k)
+        return self._routing.top_k
 
     @property
     def hidden_size(self) -> int:
@@ -87,15 +95,23 @@ class MoELayer:
         return int(self.experts.down_proj.shape[1 if self.experts.is_transposed else 2])
 
     @property
+    def router_reads_apart(self) -> bool:
+        """Whether the router reads other hidden states than its experts do."""
+        # Both stand in the decoder layer itself, each behind its own norm (Gemma 4), or experts
+        # work in a space of their own (Nemotron with a latent size).
+        width = self._routing.weight.rows.shape[1]
+        is_decoder_layer = ".".join(map(str, decoder_layer_of(self.name))) == self.name
+        return is_decoder_layer or width != self.weights().up_proj.shape[2]
+
+    @property
     def num_router_groups(self) -> int:
         """Equal contiguous groups of experts among which the router first chooses (1 = none)."""
-        return max(int(getattr(self.router, n, None) or 1) for n in ("n_group", "num_group"))
+        return self._routing.num_groups
 
     @property
     def min_experts_per_router_group(self) -> int:
         """Experts that a router group must keep: two score it, and a token's groups hold top_k."""
-        chosen = int(getattr(self.router, "topk_group", None) or 1)
-        return max(2, -(-self.top_k // chosen)) if self.num_router_groups > 1 else 1
+        return self._routing.min_per_group
 
     @property
     def shared_expert(self) -> tuple[nn.Linear, nn.Module | None] | None:
@@ -110,7 +126,7 @@ class MoELayer:
         """Parameters of one part of the block; `shared` counts the shared expert and its gate."""
         if part == "router":
             fixed = {id(tensor) for tensor in self.selection_tensors()}
-            return [p for p in self.router.parameters() if id(p) not in fixed]
+            return [p for p in self._routing.module.parameters() if id(p) not in fixed]
         if part == "experts":
             return list(self.experts.parameters())
         children = self.block.named_children()
@@ -118,15 +134,12 @@ class MoELayer:
 
     def selection_tensors(self) -> list[Tensor]:
         """Tensors that only decide which experts are selected: no gradient reaches them."""
-        found = [t for t in self.router_tensors if t.kind == "selection"]
+        found = (t for t in self.router_tensors if t.kind == "selection")
         return [getattr(tensor.owner, tensor.attribute) for tensor in found]
 
     def weights(self) -> ExpertWeights:
         """The experts' weights in one layout: gate apart from up, outputs on the second axis."""
-        found = expert_weights.read_weights(self.experts)
-        if found is None:
-            raise InputError(f"{self.name}: the experts have no up or down projection")
-        return found
+        return expert_weights.read_weights(self.experts)
 
     @torch.no_grad()
     def replace(self, weights: ExpertWeights, rows_of: Callable[[RouterTensor], Tensor]) -> None:
@@ -146,7 +159,8 @@ class MoELayer:
         expert_weights.store_weights(self.experts, weights)
         for tensor, values in rows:
             tensor.set(values)
-        self._recount((self.block, *self.router.modules(), self.experts), old_count)
+        modules = (self.block, *self._routing.module.modules(), self.experts)
+        recount(modules, old_count, self.num_experts)
 
     @torch.no_grad()
     def store(self, weights: ExpertWeights) -> None:
@@ -176,13 +190,7 @@ class MoELayer:
         old_count = self.num_experts
         expert_weights.store_weights(self.experts, weights)
         share_experts(self.experts, assignment.to(self.experts.down_proj.device, torch.int64))
-        self._recount((self.experts,), old_count)
-
-    def _recount(self, modules: Iterable[nn.Module], old_count: int) -> None:
-        for module in modules:
-            for attribute in _COUNT_ATTRIBUTES:
-                if module.__dict__.get(attribute) == old_count:
-                    module.__dict__[attribute] = self.num_experts
+        recount((self.experts,), old_count, self.num_experts)
 
     def select(self, experts: Int[Tensor, " groups"]) -> None:
         """Keeps the named experts, in that order, with their router rows, in place."""
@@ -212,16 +220,6 @@ class MoELayer:
         """The experts' activation, from what `gate_proj` and `up_proj` give."""
         return expert_weights.activate(self.experts, gate, up)
 
-    def _refuse_unknown_router(self) -> None:
-        weights = [t for t in self.router_tensors if t.kind == "weight"]
-        lookup = [n for n, b in self.router.named_buffers() if not b.is_floating_point()]
-        says_top_k = hasattr(self.router, "top_k") or hasattr(self.block, "top_k")
-        if len(weights) != 1 or lookup or not says_top_k:
-            raise InputError(
-                f"{self.name}: the router ({type(self.router).__name__}) is not one matrix with a "
-                f"row for each of {self.num_router_rows} experts; this family cannot be compressed"
-            )
-
 
 def decoder_layer_of(name: str) -> tuple[str, int]:
     """Splits `model.layers.3.mlp` into the path of the decoder layers and the number, 3."""
@@ -237,13 +235,15 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     Raises:
         InputError: The model has none, or one that is not understood; nothing is skipped silently.
     """
-    blocks = [(n, m) for n, m in model.named_modules() if "experts" in dict(m.named_children())]
-    layers = [MoELayer(name, block) for name, block in blocks]
-    if layers:
-        return layers
-    config = text_config(getattr(model, "config", None))
+    config = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
-    if any(getattr(config, f, None) for f in COUNT_FIELDS):
+    says_so = claims_experts(text_config(config))
+    blocks = [(n, m) for n, m in model.named_modules() if "experts" in dict(m.named_children())]
+    if blocks or says_so:
+        refuse_family(family)
+    if blocks:
+        return [MoELayer(name, block) for name, block in blocks]
+    if says_so:
         raise InputError(f"the experts of {family} are laid out in a way that is not understood")
     raise InputError(
         f"the model ({family}) has no mixture-of-experts layer; name a checkpoint that has experts"

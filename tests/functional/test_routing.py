@@ -115,7 +115,7 @@ def test_where_a_bias_selects_only_the_selection_is_a_guess(
 
 
 def test_every_family_but_phimoe_has_a_known_rule(many_tokens: Tensor) -> None:
-    assert set(FAMILIES) - set(RULES) == {"phimoe"}
+    assert set(FAMILIES) <= set(RULES)
     with pytest.raises(InputError, match=r"follow no known rule.*choose another saliency"):
         infer_routing_rule(first_layer(build("phimoe"), many_tokens))
 

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import MoELayer, decoder_layer_of, find_moe_layers
-from tests.families import NUM_EXPERTS
+from tests.families import NUM_EXPERTS, build
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -35,82 +35,47 @@ def tiny(model_type: str, **options: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options", "message"),
+    ("model_type", "options", "block", "message"),
     [
         (
             "llama4_text",
             {"intermediate_size_mlp": 48, "num_local_experts": NUM_EXPERTS},
-            r"model\.layers\.0\.feed_forward: the experts \(Llama4TextExperts\) are laid out",
-        ),
-        (
-            "jetmoe",
-            {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "kv_channels": 8},
-            r"model\.layers\.0\.self_attention: the experts \(JetMoeMoA\) are laid out",
-        ),
-        (
-            "gemma4_text",
-            {
-                "enable_moe_block": True,
-                "num_experts": NUM_EXPERTS,
-                "top_k_experts": 4,
-                "global_head_dim": 8,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "hidden_size_per_layer_input": 0,
-                "vocab_size_per_layer_input": 256,
-                "num_kv_shared_layers": 0,
-            },
-            r"model\.layers\.0: the router \(Gemma4TextRouter\) is not one matrix with a row for "
-            "each of 12 experts",
+            "model.layers.0.feed_forward",
+            r"the experts \(Llama4TextExperts\) are laid out in a way that is not understood",
         ),
         (
             "deepseek_v4",
             {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": 4},
-            r"model\.layers\.0\.mlp: the router \(DeepseekV4HashRouter\) is not one matrix",
+            "model.layers.0.mlp",
+            r"the router \(DeepseekV4HashRouter\) is not one matrix with a row for each",
+        ),
+        (
+            "zaya",
+            {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 1, "router_hidden_size": 16},
+            "model.layers.0.mlp",
+            r"the router \(ZayaRouter\) is not one matrix with a row for each",
         ),
     ],
 )
-def test_a_family_that_is_not_understood_is_refused_by_name(
-    model_type: str, options: dict[str, Any], message: str
+def test_a_block_that_is_not_understood_is_refused_by_what_is_strange_in_it(
+    model_type: str, options: dict[str, Any], block: str, message: str
 ) -> None:
+    model = tiny(model_type, **{**SIZES, **options})
     with pytest.raises(InputError, match=message):
-        find_moe_layers(tiny(model_type, **{**SIZES, **options}))
+        MoELayer(block, model.get_submodule(block))
 
 
-def test_dbrx_is_refused_by_name() -> None:
-    model = tiny(
-        "dbrx",
-        d_model=32,
-        n_heads=4,
-        n_layers=2,
-        max_seq_len=128,
-        vocab_size=256,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 12, "moe_top_k": 4},
-    )
-    message = r"transformer\.blocks\.0\.ffn: the experts \(DbrxExperts\) are laid out"
-    with pytest.raises(InputError, match=message):
+def test_a_family_that_is_known_to_be_out_of_reach_is_refused_with_its_reason() -> None:
+    model = tiny("llama4_text", **SIZES, intermediate_size_mlp=48, num_local_experts=NUM_EXPERTS)
+    with pytest.raises(InputError, match="llama4_text cannot be compressed: its experts multiply"):
         find_moe_layers(model)
 
 
-def test_longcat_flash_with_its_zero_experts_is_refused_by_name() -> None:
-    model = tiny(
-        "longcat_flash",
-        **{k: v for k, v in SIZES.items() if k not in {"num_hidden_layers", "intermediate_size"}},
-        num_layers=2,
-        ffn_hidden_size=48,
-        expert_ffn_hidden_size=24,
-        n_routed_experts=NUM_EXPERTS,
-        zero_expert_num=5,
-        moe_topk=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-    )
-    message = r"model\.layers\.0\.mlp: the experts \(LongcatFlashExperts\) are laid out"
-    with pytest.raises(InputError, match=message):
-        find_moe_layers(model)
+def test_a_router_that_does_not_say_how_many_experts_it_selects_is_refused() -> None:
+    block = build("qwen2_moe").get_submodule("model.layers.0.mlp")
+    del block.get_submodule("gate").top_k
+    with pytest.raises(InputError, match=r"router \(Qwen2MoeTopKRouter\) does not say how many"):
+        MoELayer("model.layers.0.mlp", block)
 
 
 def test_a_dense_model_is_refused() -> None:
