@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from lightning_smoe.compression.carry_out import carry_out
 from lightning_smoe.compression.layer_plan import LayerPlan
-from lightning_smoe.compression.module import carry_out
 from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.errors import InputError

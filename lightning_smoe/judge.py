@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import Statistics
-from lightning_smoe.compression.module import carry_out
+from lightning_smoe.compression.carry_out import carry_out
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import check_router
 from lightning_smoe.data.packing import load_tokenizer

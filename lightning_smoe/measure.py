@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.budget import share_out
-from lightning_smoe.compression.module import carry_out
+from lightning_smoe.compression.carry_out import carry_out
 from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Prune, Recipe

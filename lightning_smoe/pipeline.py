@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.calibration.statistics import Statistics
-from lightning_smoe.compression.module import carry_out
+from lightning_smoe.compression.carry_out import carry_out
 from lightning_smoe.compression.plan import CompressionPlan, note_refits
 from lightning_smoe.errors import InputError
 from lightning_smoe.measure import decide

@@ -3,16 +3,17 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_smoe.compression.apply import apply_layer, apply_plan, finish
+from lightning_smoe.compression.apply import apply_layer, finish
 from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.record import (
@@ -30,13 +31,15 @@ from lightning_smoe.compression.refit import (
     refit_jointly,
 )
 from lightning_smoe.compression.residual import output_factor, output_wanted
+from lightning_smoe.compression.streams import LayerSink, Streams
 from lightning_smoe.compression.sweeps import refit_by_sweeps
 from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import RouterBatch, RouterTokens
 from lightning_smoe.functional.scale import OutputProducts, ScaleRepair, scale_outputs
 from lightning_smoe.models.layer import MoELayer, decoder_layer_of
-from lightning_smoe.models.walk import WaitingBatch, decoder_layers, embed, run_layer
+from lightning_smoe.models.residence import InMemory, Residence
+from lightning_smoe.models.walk import WaitingBatch, embed, run_layer
 
 logger = logging.getLogger(__name__)
 
@@ -62,64 +65,102 @@ class CompressionModule(LightningModule):
     needed as it was once all batches went through.
 
     Args:
-        model: The original; it is the compressed model afterwards.
+        model: The original, which is the compressed model afterwards; or where its weights are, if
+            its layers come one at a time.
         plan: What becomes of its experts.
         samples: Samples of tokens by the layer's name, for mergers that look at them.
+        sink: Takes each layer that is done, before it is let go; none keeps all in memory.
 
     Attributes:
         refits: What the refit of each layer did, by the layer's name.
     """
 
+    _residence: Residence
+
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Residence,
         plan: CompressionPlan,
         samples: Mapping[str, TokenSample] | None = None,
+        *,
+        sink: LayerSink | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        if isinstance(model, Residence):
+            # Not a sub-module: Lightning would move weights that are not there.
+            object.__setattr__(self, "_residence", model)
+        else:
+            self.model = model
+            object.__setattr__(self, "_residence", InMemory(model))
         self._plan = plan
         self._samples = samples or {}
+        self._sink = sink
+        self._outside = ExitStack()
         self._batches: list[WaitingBatch] = []
         self.refits: dict[str, RefitOutcome] = {}
+
+    def on_predict_start(self) -> None:
+        """Brings what comes before the first decoder layer."""
+        self._outside.enter_context(self._residence.outside(self.device, "inputs"))
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Embeds one batch and lets it wait."""
         is_token = batch["attention_mask"].bool() & batch["valid"][:, None]
         with torch.inference_mode(False):
-            waiting = embed(self.model, batch, is_token)
+            waiting = embed(self._residence.model, batch, is_token)
         self._batches.append(waiting)
         return {}
 
     def on_predict_epoch_end(self) -> None:
         """Compresses one decoder layer after the other."""
+        self._outside.close()
         # Weights made in inference mode could never be rounded, trained or saved in place.
         with torch.inference_mode(False), torch.no_grad():
             self._walk()
-        finish(self.model)
+        if self._sink is None:
+            finish(self._residence.model)
         self._batches = []
 
     def _walk(self) -> None:
         plans = {decoder_layer_of(name)[1]: plan for name, plan in self._plan.by_name().items()}
-        layers = decoder_layers(self.model)
-        compressed = original = self._batches
+        streams = Streams(self._batches, self._batches)
+        begun, last = 0, max(plans, default=-1)
+        if self._sink is not None:
+            begun, states, self.refits = self._sink.resume()
+            streams = streams if not begun else Streams.of(self._batches, states, self.device)
+            last = self._residence.num_layers - 1
         start = time.monotonic()
-        for index in range(max(plans, default=-1) + 1):
-            if index not in plans:
-                same = compressed is original
-                original = _step(layers[index], original, index)
-                compressed = original if same else _step(layers[index], compressed, index)
-                continue
-            teacher, original = self._teach(layers[index], original, index, plans[index])
-            done = self._compress(layers[index], compressed, teacher, plans[index])
-            compressed = _step(layers[index], compressed, index)
-            self._log_layer(plans, index, done, time.monotonic() - start)
+        for index in range(begun, last + 1):
+            done = ""
+            with self._residence.layer(index, self.device) as decoder:
+                if index <= max(plans, default=-1) and self._plan.reads_tokens:
+                    streams, done = self._through(decoder, streams, index, plans.get(index))
+                elif index in plans:
+                    self._compress(decoder, [], [], plans[index])
+                if self._sink is not None:
+                    self._sink.put(index, decoder, streams.states(), self.refits)
+            if index in plans:
+                self._log_layer(plans, (begun, index), done, time.monotonic() - start)
+
+    def _through(
+        self, decoder: nn.Module, streams: Streams, index: int, plan: LayerPlan | None
+    ) -> tuple[Streams, str]:
+        """Takes both streams through a decoder layer, and compresses it in between."""
+        if plan is None:
+            original = _step(decoder, streams.original, index)
+            if streams.are_one:
+                return Streams(original, original), ""
+            return Streams(original, _step(decoder, streams.compressed, index)), ""
+        teacher, original = self._teach(decoder, streams.original, index, plan)
+        done = self._compress(decoder, streams.compressed, teacher, plan)
+        return Streams(original, _step(decoder, streams.compressed, index)), done
 
     def _log_layer(
-        self, plans: dict[int, LayerPlan], index: int, error: str, seconds: float
+        self, plans: dict[int, LayerPlan], place: tuple[int, int], error: str, seconds: float
     ) -> None:
-        done = sum(i <= index for i in plans)
-        left = seconds / done * (len(plans) - done)
+        begun, index = place
+        done, here = (sum(least <= i <= index for i in plans) for least in (0, begun))
+        left = seconds / here * (len(plans) - done)
         plan = plans[index]
         if self.global_rank == 0:
             logger.info(
@@ -217,34 +258,6 @@ class CompressionModule(LightningModule):
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         return reduced
-
-
-def carry_out(
-    trainer: Trainer,
-    data: LightningDataModule,
-    model: PreTrainedModel,
-    plan: CompressionPlan,
-    *,
-    samples: Mapping[str, TokenSample],
-) -> dict[str, RefitOutcome]:
-    """Compresses a model in place, on calibration text where the plan is fitted on it.
-
-    Args:
-        trainer: Runs the predict loop.
-        data: Gives the calibration text under it.
-        model: The original; it is the compressed model afterwards.
-        plan: What becomes of its experts.
-        samples: Samples of tokens by the layer's name; empty if the plan needs none.
-
-    Returns:
-        What the refit of each layer did, by the layer's name.
-    """
-    if not plan.reads_tokens:
-        apply_plan(model, plan, samples)
-        return {}
-    module = CompressionModule(model, plan, samples)
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    return module.refits
 
 
 def _block(decoder: nn.Module, name: str) -> MoELayer:

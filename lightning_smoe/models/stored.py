@@ -63,10 +63,18 @@ def state_parts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def round_in_place(model: PreTrainedModel, source: CheckpointFolder) -> None:
-    """Rounds every weight of a model to the type in which it will be stored."""
+def round_in_place(
+    model: PreTrainedModel, source: CheckpointFolder, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Rounds weights of a model to the type in which they will be stored.
+
+    Args:
+        model: The model.
+        source: Folder of its original.
+        state: A part of its weights by their names in the model; none takes all.
+    """
     left_out = _not_stored(model)
-    for key, tensor in model.state_dict().items():
+    for key, tensor in (model.state_dict() if state is None else state).items():
         # Of tied weights one is stored, and its type counts for all.
         if key not in left_out:
             dtype = _type_on_disk(model, source, key, tensor)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,6 +70,18 @@ def compressed(
     windows = random_windows() if windows is None else windows
     predict(CompressionModule(model, plan, samples), WindowData(windows), **options)
     return model
+
+
+def trainer() -> Trainer:
+    """A Trainer on the CPU that shows and keeps nothing."""
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def refitted(
