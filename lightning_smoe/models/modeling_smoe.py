@@ -25,6 +25,8 @@ COUNTS_FIELD = "num_experts_per_layer"
 ROWS_FIELD = "num_router_rows_per_layer"
 MAP = "expert_map"
 _ROUTERS = ("gate", "router")
+# What vLLM calls attention when it builds a model of transformers to take it apart.
+_VLLM = ("vllm", "vllm_mla")
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
 
 
@@ -88,7 +90,8 @@ def mapped_model(stock: Any) -> Any:
         if conversion is not None:
             register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
 
-    def init(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    # vLLM 0.32 holds the first argument against the annotation of the model itself.
+    def init(model: object, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(model, config, *args, **kwargs)
         _fit_all(model, config)
 
@@ -188,7 +191,7 @@ def _blank_experts(stock: Any) -> Any:
     return made.__new__(made)
 
 
-def _fit_all(model: nn.Module, config: Any) -> None:
+def _fit_all(model: Any, config: Any) -> None:
     """Cuts every block down to its rows and experts, with or without a map: places to be filled.
 
     Raises:
@@ -199,6 +202,12 @@ def _fit_all(model: nn.Module, config: Any) -> None:
         _layer_number(name): model.get_submodule(name.rpartition(".")[0]) for name in found
     }
     built = {index: int(block.experts.down_proj.shape[0]) for index, block in blocks.items()}
+    if getattr(config, COUNTS_FIELD) is not None and str(config._attn_implementation) in _VLLM:
+        raise ValueError(
+            "vLLM's own experts would take the place of those that router rows share, and lose the "
+            "map; install lightning-smoe beside vLLM, whose plugin serves it for some families, or "
+            "export the checkpoint to its stock form"
+        )
     rows = _told(model, config, ROWS_FIELD, built)
     counts = _told(model, config, COUNTS_FIELD, rows)
     for index, block in blocks.items():

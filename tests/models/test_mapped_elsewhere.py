@@ -1,4 +1,4 @@
-"""A folder whose router rows share experts, for people and tools that do not know this project."""
+"""Folders with numbers of their own by layer, for people who do not know this project."""
 
 import os
 import subprocess
@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lightning_smoe.models.checkpoint import load
+from lightning_smoe.models.checkpoint import load, outline
+from lightning_smoe.models.folder import open_checkpoint
+from lightning_smoe.models.layer import find_moe_layers
+from tests.families import FAMILIES
+from tests.models.pruning import save_pruned
 from tests.models.sharing import save_shared
 
 # Stock transformers leaves weights where they lie in the file, which decides the last bits.
@@ -22,30 +26,42 @@ ROUNDING = 1e-5
 # Run by itself, with nothing but transformers.
 SCRIPT = """
 import sys
+from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-folder, again, tokens = sys.argv[1], sys.argv[2], load_file("tokens.safetensors")["tokens"]
-AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model, report = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True
-)
-assert not any(report.values()), report
-assert model.config._experts_implementation == "grouped_mm"
-found = {"logits": model(tokens).logits.detach()}
-for name in ("eager", "batched_mm", "grouped_mm"):
-    model.set_experts_implementation(name)
-    found[name] = model(tokens).logits.detach()
-written = model.generate(tokens, max_new_tokens=4, do_sample=False)
-found["generated"] = written
-model.train()(tokens, labels=tokens).loss.backward()
-assert all(p.grad is not None for p in model.parameters())
-model.save_pretrained(again)
-model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
-found["again"] = model(tokens).logits.detach()
-save_file(found, "found.safetensors")
+tokens = load_file("tokens.safetensors")["tokens"]
+
+
+def try_all(folder, again, found):
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    found["states"] = body(tokens)[0].detach()
+    found["loaded"] = model(tokens).logits.detach()
+    found["generated"] = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(again)
+    model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    found["again"] = model(tokens).logits.detach()
+    AutoModel.from_pretrained(again, trust_remote_code=True)
+    return model
+
+
+for folder in map(Path, sys.argv[1:]):
+    found = {}
+    model = try_all(folder, f"again-{folder.name}", found)
+    if folder.name == "shared-qwen2_moe":
+        assert model.config._experts_implementation == "grouped_mm"
+        for name in ("eager", "batched_mm", "grouped_mm"):
+            model.set_experts_implementation(name)
+            found[name] = model(tokens).logits.detach()
+        model.train()(tokens, labels=tokens).loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    save_file(found, f"{folder.name}.safetensors")
 assert not [name for name in sys.modules if name.startswith("lightning_smoe")]
 """
 
@@ -63,18 +79,33 @@ def shared(saved_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture
+def uneven(saved_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Saves a family's model whose layers have different numbers of experts."""
+
+    def make(family: str) -> Path:
+        source = saved_checkpoint(family)
+        target = source.parent / "elsewhere" / f"uneven-{family}"
+        first = find_moe_layers(outline(open_checkpoint(source)))[0]
+        save_pruned(source, target, {first.index: 8})
+        return target
+
+    return make
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_stock_transformers_loads_runs_trains_and_saves_it(
-    shared: Callable[[str], Path], tmp_path: Path, tokens: Tensor
+    shared: Callable[[str], Path], uneven: Callable[[str], Path], tmp_path: Path, tokens: Tensor
 ) -> None:
-    folder, alone = shared("qwen2_moe"), tmp_path / "alone"
+    folders = [shared("qwen2_moe"), *(uneven(family) for family in FAMILIES)]
+    alone = tmp_path / "alone"
     alone.mkdir()
     save_file({"tokens": tokens}, alone / "tokens.safetensors")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(alone / "modules")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder, alone / "again"],
+        [sys.executable, "-c", SCRIPT, *folders],
         cwd=alone,
         env=environment,
         capture_output=True,
@@ -83,15 +114,20 @@ def test_stock_transformers_loads_runs_trains_and_saves_it(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = load_file(alone / "found.safetensors")
-    model: Any = load(folder)
-    written = model.generate(tokens, max_new_tokens=4, do_sample=False)
-    torch.testing.assert_close(found.pop("generated"), written, rtol=0, atol=0)
-    logits = model(tokens).logits
-    assert found.keys() == {"logits", "eager", "batched_mm", "grouped_mm", "again"}
-    for values in found.values():
-        torch.testing.assert_close(values, logits, rtol=0, atol=ROUNDING)
-    torch.testing.assert_close(load(alone / "again")(tokens).logits, logits, rtol=0, atol=0)
+    for folder in folders:
+        found = load_file(alone / f"{folder.name}.safetensors")
+        model: Any = load(folder)
+        written = model.generate(tokens, max_new_tokens=4, do_sample=False)
+        torch.testing.assert_close(found.pop("generated"), written, rtol=0, atol=0)
+        states = model.base_model(tokens)[0]
+        torch.testing.assert_close(found.pop("states"), states, rtol=0, atol=ROUNDING)
+        logits = model(tokens).logits
+        others = {"eager", "batched_mm", "grouped_mm"} if "shared" in folder.name else set()
+        assert found.keys() == {"loaded", "again"} | others
+        for values in found.values():
+            torch.testing.assert_close(values, logits, rtol=0, atol=ROUNDING)
+        again = load(alone / f"again-{folder.name}")
+        torch.testing.assert_close(again(tokens).logits, logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "minimax_m2"])
