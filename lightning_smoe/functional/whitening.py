@@ -80,7 +80,7 @@ def _output_gram(
         energy += inputs.double().square().sum() / features
     # Without any token what is left is the plain union's.
     added = torch.where(energy > 0, _SHRINKAGE * energy, 1.0)
-    return gram + added * union_gram(matrices.double())
+    return gram + added * union_gram(matrices)
 
 
 def _routed_inputs(
