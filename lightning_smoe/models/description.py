@@ -24,8 +24,8 @@ def described(
     """The configuration of a model, the original's file, patched; and what it cannot say: nothing.
 
     A model whose layers differ in their number of router rows, or whose rows share experts, becomes
-    a mapped model, and its configuration names the code that has to lie beside the weights
-    (`code_files`).
+    a mapped model, and its configuration names the code that has to lie beside the weights,
+    modeling_smoe.py.
 
     Args:
         model: The model.

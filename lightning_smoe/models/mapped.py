@@ -1,7 +1,6 @@
 """Models with other numbers of router rows and experts by layer: class, config.json and code."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models import modeling_smoe
 from lightning_smoe.models.expert_count import set_expert_count, text_config
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.modeling_smoe import (
@@ -146,13 +144,3 @@ def stock_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
     original = stored.get(_ORIGINAL, assumed)
     left = {COUNTS_FIELD, ROWS_FIELD, _ORIGINAL, *_REPLACED} - original.keys()
     return {k: original.get(k, v) for k, v in stored.items() if k not in left}
-
-
-def code_files(config: Mapping[str, Any]) -> list[Path]:
-    """Files of code that have to lie beside the weights of a folder, by their own names.
-
-    Args:
-        config: The config.json that is written.
-    """
-    is_ours = str(config.get("model_type")).startswith(TYPE_PREFIX)
-    return [Path(modeling_smoe.__file__)] if is_ours else []
