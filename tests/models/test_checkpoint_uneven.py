@@ -117,6 +117,7 @@ def test_an_uneven_checkpoint_is_compressed_further_and_becomes_even_again(
     torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_rows_that_differ_by_layer_come_to_share_experts(
     family: str, saved_checkpoint: Callable[[str], Path], tmp_path: Path, tokens: Tensor
