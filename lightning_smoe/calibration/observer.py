@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import MoELayer
 
 
@@ -123,11 +124,18 @@ class _LayerWatch:
         real = batch.is_token
         if bool(real.all()):
             real = slice(None)  # type: ignore[assignment]  # no copy where every position counts
+        logits = self._logits[real]
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                f"{self._layer.name}: NaN or infinite numbers reach the router, so the states "
+                f"overflow {logits.dtype} in this layer or before; set model.dtype=float32 or "
+                "bfloat16, or check the checkpoint with python -m lightning_smoe verify"
+            )
         self._consume(
             self._layer,
             RoutedTokens(
                 self._states[real],
-                self._logits[real],
+                logits,
                 self._weights[real],
                 self._layer.experts_of(self._indices[real]),
                 batch.domain[real],

@@ -16,7 +16,7 @@ from lightning_smoe.calibration.sample import Reduce, field_names, gathered
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.sums import MAXIMA, ExpertSums
-from lightning_smoe.models.artifact import Manifest, replacing
+from lightning_smoe.models.artifact import Manifest, replacing, sha256_of_tensors
 from lightning_smoe.models.layer import MoELayer
 
 _HEADER = "statistics"
@@ -24,6 +24,7 @@ _SAMPLE = "sample."
 # Numbers that are widened in one go: 2 MB in float64, which stay in the caches and need no new
 # memory from the system each time.
 _FEW_NUMBERS = 1 << 18
+_HASH = "sha256"
 
 
 def empty_sums(layer: MoELayer, num_domains: int, device: torch.device) -> ExpertSums:
@@ -134,7 +135,7 @@ class Statistics:
         return Statistics(layers, samples, self.domains, self.manifest)
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file; the manifest and the domains stand in its header."""
+        """Writes one safetensors file; manifest, domains and a hash of all stand in its header."""
         tensors = {
             f"{name}:{key}": tensor.cpu().contiguous()
             for name, sums in self.layers.items()
@@ -145,7 +146,8 @@ class Statistics:
             # Experts are few: their numbers fit into half the bytes.
             named["expert_indices"] = named["expert_indices"].int()
             tensors |= {f"{name}:{_SAMPLE}{k}": t.cpu().contiguous() for k, t in named.items()}
-        header = {"manifest": self.manifest.to_json(), "domains": self.domains}
+        header: dict[str, Any] = {"manifest": self.manifest.to_json(), "domains": self.domains}
+        header[_HASH] = sha256_of_tensors(tensors, header)
         with replacing(path) as partial:
             # One entry: safetensors writes several in an order that differs from run to run.
             save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
@@ -157,12 +159,12 @@ class Statistics:
         Raises:
             InputError: The file is damaged, or is not one of ours.
         """
-        layers: dict[str, dict[str, Tensor]] = {}
         manifest, domains = read_header(path)
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                name, _, field = key.rpartition(":")
-                layers.setdefault(name, {})[field] = file.get_tensor(key)
+        tensors = _read_tensors(path)
+        layers: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition(":")
+            layers.setdefault(name, {})[field] = tensor
         sums, samples = {}, {}
         try:
             for name, found in sorted(layers.items(), key=_by_layer):
@@ -177,6 +179,20 @@ class Statistics:
         return Statistics(sums, samples, domains, manifest)
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads every tensor, and compares them and the header with the hash that was noted."""
+    header = _read_stored(path)
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    noted = header.pop(_HASH, None)
+    if noted is not None and noted != sha256_of_tensors(tensors, header):
+        raise InputError(
+            f"{path} is not as it was written: its hash is another; run calibrate again with "
+            "model.overwrite=true"
+        )
+    return tensors
+
+
 def _by_layer(item: tuple[str, Any]) -> list[Any]:
     return [(len(part), part) for part in item[0].split(".")]
 
@@ -187,15 +203,25 @@ def read_header(path: Path) -> tuple[Manifest, tuple[str, ...]]:
     Raises:
         InputError: The file is damaged, or is not one of ours.
     """
+    stored = _read_stored(path)
+    try:
+        manifest = Manifest.from_json(stored.get("manifest"))
+        domains = tuple(stored.get("domains", ()))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and calibrate again") from error
+    if manifest is None:
+        raise InputError(f"{path} holds no statistics; delete it and calibrate again")
+    return manifest, domains
+
+
+def _read_stored(path: Path) -> dict[str, Any]:
+    """The project's own entry of the header."""
     try:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-    except SafetensorError as error:
+            return dict(stored)
+    except (RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and calibrate again") from error
-    manifest = Manifest.from_json(stored.get("manifest"))
-    if manifest is None:
-        raise InputError(f"{path} holds no statistics; delete it and calibrate again")
-    return manifest, tuple(stored["domains"])
 
 
 def domain_of_positions(domain: Int[Tensor, " batch"], sequence: int) -> Int[Tensor, " positions"]:

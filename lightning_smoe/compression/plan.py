@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.strategy import from_spec, to_spec
@@ -17,7 +18,7 @@ from lightning_smoe.functional.merging import Average, Merger
 from lightning_smoe.functional.refit import Refit
 from lightning_smoe.functional.router import RouterRepair, Slice
 from lightning_smoe.functional.scale import ScaleRepair
-from lightning_smoe.models.artifact import Manifest, replacing, write_json
+from lightning_smoe.models.artifact import Manifest, replacing, sha256_of_tensors, write_json
 from lightning_smoe.models.layer import MoELayer
 
 _SCHEMA = 1
@@ -29,6 +30,7 @@ _STRATEGIES = {
     "scale": ScaleRepair,
 }
 _REFITS = "refits"
+_HASH = "sha256"
 _KEYS = {"schema", "model", "layers", "manifest", _REFITS, *_STRATEGIES}
 
 
@@ -105,7 +107,7 @@ class CompressionPlan:
         """Writes `plan.json`, and the shares beside it as `plan.safetensors`."""
         weights = {p.name: p.weights for p in self.layers if p.weights is not None}
         with replacing(path.with_suffix(".safetensors")) as partial:
-            save_file(weights, partial)
+            save_file(weights, partial, metadata={_HASH: sha256_of_tensors(weights)})
         layers = [
             {
                 "name": layer.name,
@@ -154,12 +156,26 @@ def note_refits(path: Path, refits: dict[str, dict[str, Any]]) -> None:
         write_json(path, {**{k: v for k, v in stored.items() if k != _REFITS}, **noted})
 
 
+def _read_shares(beside: Path) -> dict[str, Tensor]:
+    """The shares in plan.safetensors, which a person may have written, without a hash."""
+    if not beside.exists():
+        return {}
+    with safe_open(beside, "pt") as file:
+        shares = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        noted = (file.metadata() or {}).get(_HASH)
+    if noted is not None and noted != sha256_of_tensors(shares):
+        raise InputError(
+            f"{beside} is not as it was written: its hash is another; delete plan.json and "
+            "plan.safetensors to plan again, or write shares of your own without a hash"
+        )
+    return shares
+
+
 def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
     unknown = stored.keys() - _KEYS
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}")
-    weights = load_file(beside) if beside.exists() else {}
-    weights = {name: shares.double() for name, shares in weights.items()}
+    weights = {name: shares.double() for name, shares in _read_shares(beside).items()}
     layers = tuple(
         LayerPlan(
             layer["name"],

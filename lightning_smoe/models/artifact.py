@@ -5,12 +5,15 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lightning_smoe.errors import InputError
 
@@ -52,11 +55,20 @@ class Manifest:
         return {**asdict(self), "digest": self.digest}
 
     @staticmethod
-    def from_json(stored: dict[str, Any] | None) -> "Manifest | None":
-        """Reads a manifest back; none stays none."""
+    def from_json(stored: Any) -> "Manifest | None":
+        """Reads a manifest back; none stays none.
+
+        Raises:
+            ValueError: It is damaged.
+        """
         if stored is None:
             return None
-        return Manifest(stored["step"], stored["inputs"], stored["versions"])
+        kinds = {"step": str, "inputs": dict, "versions": dict}
+        if not isinstance(stored, dict) or not all(
+            isinstance(stored.get(key), kind) for key, kind in kinds.items()
+        ):
+            raise ValueError(f"its manifest needs {', '.join(kinds)}")
+        return Manifest(**{key: stored[key] for key in kinds})
 
 
 def sha256_of(value: Any) -> str:
@@ -70,6 +82,22 @@ def sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor], beside: Any = None) -> str:
+    """Hash of tensors, their names, types and shapes, and of a value that JSON can hold.
+
+    Args:
+        tensors: Tensors on the CPU.
+        beside: What else must not change.
+    """
+    digest = hashlib.sha256(sha256_of(beside).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 

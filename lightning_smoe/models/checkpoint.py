@@ -7,18 +7,33 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightning_smoe.errors import InputError
+from lightning_smoe.models.finite import refuse_not_finite
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.refusals import refuse_family
 from lightning_smoe.models.registration import register
 
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes, as torch allocates
+_LONGEST_REASON = 500  # characters
+# What transformers raises over fields of a wrong type or size, few of which it checks.
+_NOT_UNDERSTOOD = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -32,7 +47,8 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         dtype: Type of the weights in memory.
 
     Raises:
-        InputError: The folder is missing, damaged, or lacks tensors that its configuration needs.
+        InputError: The folder is missing or damaged, lacks tensors that its configuration needs, or
+            holds some that are not finite.
     """
     folder = open_checkpoint(checkpoint)
     config, model_class = _understood(folder)
@@ -41,8 +57,10 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         loaded: Any = _sized(model_class, folder.experts_per_layer).from_pretrained(
             folder.path, config=config, dtype=dtype, output_loading_info=True
         )
-    except (RuntimeError, KeyError) as error:
-        raise InputError(f"{folder.path} cannot be loaded: {error}") from error
+    except InputError:
+        raise
+    except (*_NOT_UNDERSTOOD, SafetensorError) as error:
+        raise InputError(f"{folder.path} cannot be loaded: {_reason(error)}") from error
     model: PreTrainedModel = loaded[0].eval()
     report: dict[str, Any] = loaded[1]
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -52,8 +70,14 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{lost[0]}; copy the checkpoint again"
         )
     warn_unused(folder, map(str, report["unexpected_keys"]))
+    refuse_not_finite(folder.path, model.named_parameters())
     align(model)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library says, in one line that is no page."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
 
 
 def warn_unused(folder: CheckpointFolder, keys: Iterable[str]) -> None:
@@ -86,9 +110,18 @@ def stated_outline(folder: CheckpointFolder) -> PreTrainedModel:
 
 def _outline(folder: CheckpointFolder, counts: Mapping[int, int]) -> PreTrainedModel:
     config, model_class = _understood(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = _sized(model_class, counts)._from_config(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = _sized(model_class, counts)._from_config(config)
+    except InputError:
+        raise
+    except _NOT_UNDERSTOOD as error:
+        raise _not_understood(folder, error) from error
     return model
+
+
+def _not_understood(folder: CheckpointFolder, error: Exception) -> InputError:
+    return InputError(f"{folder.path}/config.json is not understood: {_reason(error)}")
 
 
 def skeleton(folder: CheckpointFolder, dtype: torch.dtype) -> PreTrainedModel:
@@ -111,8 +144,9 @@ def _understood(folder: CheckpointFolder) -> tuple[Any, type[PreTrainedModel]]:
         register(folder.model_type)
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    except (KeyError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"{folder.path}/config.json is not understood: {error}") from error
+    except _NOT_UNDERSTOOD as error:
+        raise _not_understood(folder, error) from error
+    refuse_family(config.model_type)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{folder.path} is no causal language model but a {config.model_type}")
     # Any: the mapping is declared for pairs of classes too, which this one never holds.

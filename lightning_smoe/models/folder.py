@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.artifact import sha256_of, sha256_of_file
+from lightning_smoe.models.artifact import Manifest, sha256_of, sha256_of_file
 from lightning_smoe.models.modeling_smoe import TYPE_PREFIX
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,7 +59,17 @@ class CheckpointFolder:
     def manifest(self) -> dict[str, Any]:
         """The content of smoe.json; empty for a folder that this project did not write."""
         path = self.path / MANIFEST
-        return _read_json(path) if path.exists() else {}
+        found = _read_json(path) if path.exists() else {}
+        try:
+            counts = {int(k): int(v) for k, v in found.get("experts_per_layer", {}).items()}
+            Manifest.from_json(found.get("manifest"))
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}); copy or make the folder again"
+            ) from error
+        if any(index < 0 or count < 1 for index, count in counts.items()):
+            raise InputError(f"{path} names layers without experts; copy or make the folder again")
+        return found
 
     @property
     def experts_per_layer(self) -> dict[int, int]:
@@ -72,7 +82,7 @@ class CheckpointFolder:
         if (self.path / _SINGLE).exists():
             return [self.path / _SINGLE]
         files = _read_json(self.path / _INDEX).get("weight_map")
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise InputError(f"{self.path / _INDEX} has no weight_map; copy the file again")
         return [self.path / name for name in sorted(set(files.values()))]
 
@@ -102,8 +112,21 @@ class CheckpointFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the configuration and of every byte of the weights."""
-        return sha256_of([self.config, *(sha256_of_file(shard) for shard in self.shards)])
+        """Hash of the configuration and of every byte of the weights.
+
+        Raises:
+            InputError: A weight file has another hash than was noted when it was written.
+        """
+        hashes = {shard.name: sha256_of_file(shard) for shard in self.shards}
+        files = self.manifest.get("files")
+        noted = files if isinstance(files, dict) else {}
+        for name, digest in hashes.items():
+            if noted.get(name, digest) != digest:
+                raise InputError(
+                    f"{self.path / name} is not as it was written: its hash is another; copy the "
+                    "folder again, or run the step again with model.overwrite=true"
+                )
+        return sha256_of([self.config, *hashes.values()])
 
 
 def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
@@ -136,7 +159,20 @@ def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
         raise InputError(f"{path} is quantised; compress the original weights, then quantise again")
     for shard in folder.shards:
         _check_whole(shard)
+    _check_depth(folder)
     return folder
+
+
+def _check_depth(folder: CheckpointFolder) -> None:
+    """Refuses a number of layers that the weights cannot fill, before each is built in vain."""
+    config, inner = folder.config, folder.config.get("text_config")
+    for fields in (config, inner if isinstance(inner, dict) else {}):
+        layers = fields.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(folder.tensors):
+            raise InputError(
+                f"{folder.path}/config.json says num_hidden_layers={layers}, and the weights are "
+                f"{len(folder.tensors)} tensors; copy the checkpoint again"
+            )
 
 
 def _fetch(name: str) -> Path:
@@ -161,7 +197,7 @@ def _fetch(name: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); copy the file again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object; copy the file again")

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.checkpoint import align, skeleton, warn_unused
+from lightning_smoe.models.finite import refuse_not_finite
 from lightning_smoe.models.folder import CheckpointFolder
 from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
 from lightning_smoe.models.residence import Outside, Residence
@@ -153,6 +154,8 @@ class Streamed(Residence):
                 module, name = _place(self.model, target)
                 whole = module._parameters[name].to(wanted)  # type: ignore[union-attr] # is there
                 module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+        # What is away is passed over.
+        refuse_not_finite(self._folder.path, self.model.named_parameters())
         align(self.model)
         self._forget()
 
