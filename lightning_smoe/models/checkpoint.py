@@ -13,11 +13,14 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightning_smoe.errors import InputError
+from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.finite import refuse_not_finite
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.plain_tensors import plain_tensors
 from lightning_smoe.models.refusals import refuse_family
 from lightning_smoe.models.registration import register
+from lightning_smoe.models.unused import sayings
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +57,7 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     config, model_class = _understood(folder)
     try:
         # Any: transformers declares no type for the pair that it returns here.
-        loaded: Any = _sized(model_class, folder.experts_per_layer).from_pretrained(
-            folder.path, config=config, dtype=dtype, output_loading_info=True
-        )
+        loaded: Any = _read(_sized(model_class, folder.experts_per_layer), folder, config, dtype)
     except InputError:
         raise
     except (*_NOT_UNDERSTOOD, SafetensorError) as error:
@@ -69,7 +70,7 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{folder.path} lacks {len(lost)} tensors that its config.json needs, such as "
             f"{lost[0]}; copy the checkpoint again"
         )
-    warn_unused(folder, map(str, report["unexpected_keys"]))
+    warn_unused(folder, model, map(str, report["unexpected_keys"]))
     refuse_not_finite(folder.path, model.named_parameters())
     align(model)
     return model
@@ -80,11 +81,29 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
 
 
-def warn_unused(folder: CheckpointFolder, keys: Iterable[str]) -> None:
+def _read(sized: Any, folder: CheckpointFolder, config: Any, dtype: torch.dtype) -> Any:
+    """The model and what transformers says of the tensors that it found."""
+    settings = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if folder.quantisation is None:
+        return sized.from_pretrained(folder.path, **settings)
+    say_dequantised(folder)
+    with plain_tensors(folder) as tensor:
+        state = {key: tensor(key) for key in folder.tensors}
+        return sized.from_pretrained(None, state_dict=state, **settings)
+
+
+def say_dequantised(folder: CheckpointFolder) -> None:
+    """Says that a folder's weights are read in another type, if they are."""
+    if folder.quantisation is not None:
+        method = folder.quantisation.method
+        logger.warning("%s: its %s weights are de-quantised to bfloat16", folder.path, method)
+
+
+def warn_unused(folder: CheckpointFolder, model: nn.Module, keys: Iterable[str]) -> None:
     """Says which tensors of a folder the model has no place for, if there are any."""
-    extra = sorted(keys)
-    if extra:
-        logger.warning("%s: %d tensors are not used, such as %s", folder.path, len(extra), extra[0])
+    num_layers = text_config(model.config).num_hidden_layers
+    for sentence in sayings(folder.tensors, keys, folder.config, num_layers):
+        logger.warning("%s: %s", folder.path, sentence)
 
 
 def align(model: nn.Module) -> None:
@@ -146,6 +165,8 @@ def _understood(folder: CheckpointFolder) -> tuple[Any, type[PreTrainedModel]]:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     except _NOT_UNDERSTOOD as error:
         raise _not_understood(folder, error) from error
+    # The weights are read as if they were stored plainly.
+    config.__dict__.pop("quantization_config", None)
     refuse_family(config.model_type)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{folder.path} is no causal language model but a {config.model_type}")

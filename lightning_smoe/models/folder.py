@@ -10,7 +10,9 @@ from typing import Any
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.artifact import Manifest, sha256_of, sha256_of_file
+from lightning_smoe.models.hub import fetch
 from lightning_smoe.models.modeling_smoe import TYPE_PREFIX
+from lightning_smoe.models.quantised import Quantisation, quantisation_of
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$")
@@ -41,9 +43,19 @@ class CheckpointFolder:
         object.__setattr__(self, "name", self.name or self.path.resolve().name)
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The content of config.json."""
+    def _stored_config(self) -> dict[str, Any]:
         return _read_json(self.path / "config.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json, but for what says how the weights are quantised."""
+        stored = self._stored_config
+        return {k: v for k, v in stored.items() if k != "quantization_config" or not v}
+
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised; none if they are not."""
+        return quantisation_of(self._stored_config, self.path)
 
     @property
     def model_type(self) -> str:
@@ -87,9 +99,15 @@ class CheckpointFolder:
         return [self.path / name for name in sorted(set(files.values()))]
 
     @cached_property
-    def tensors(self) -> dict[str, dict[str, Any]]:
-        """Type, shape and place of every tensor, by key."""
+    def stored_tensors(self) -> dict[str, dict[str, Any]]:
+        """Type, shape and place of every tensor of the files, by key."""
         return {k: v for shard in self.shards for k, v in _header(shard).items()}
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Type and shape of every tensor, by key, as they are when nothing is quantised."""
+        found = self.quantisation
+        return self.stored_tensors if found is None else found.plain(self.stored_tensors)
 
     @cached_property
     def _shard_of(self) -> dict[str, Path]:
@@ -141,7 +159,7 @@ def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
     """
     path, name = Path(checkpoint).expanduser(), ""
     if not path.exists() and _HUB_NAME.fullmatch(str(checkpoint)):
-        path, name = _fetch(str(checkpoint)), str(checkpoint)
+        path, name = fetch(str(checkpoint)), str(checkpoint)
     if not path.is_dir():
         raise InputError(
             f"there is no checkpoint folder {checkpoint}; name a folder with config.json and "
@@ -155,10 +173,11 @@ def open_checkpoint(checkpoint: str | Path) -> CheckpointFolder:
             f"{path} has no {_SINGLE} and no {_INDEX}; only safetensors weights are read: "
             "save the model once with transformers' save_pretrained"
         )
-    if folder.config.get("quantization_config"):
-        raise InputError(f"{path} is quantised; compress the original weights, then quantise again")
+    quantisation = folder.quantisation
     for shard in folder.shards:
         _check_whole(shard)
+    if quantisation is not None:
+        quantisation.plain(folder.stored_tensors)
     _check_depth(folder)
     return folder
 
@@ -173,25 +192,6 @@ def _check_depth(folder: CheckpointFolder) -> None:
                 f"{folder.path}/config.json says num_hidden_layers={layers}, and the weights are "
                 f"{len(folder.tensors)} tensors; copy the checkpoint again"
             )
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
-        # Sub-folders hold the weights a second time, in other formats.
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"there is no folder {name}, and the Hugging Face hub did not give {name}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

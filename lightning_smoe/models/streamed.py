@@ -6,13 +6,12 @@ The only file that calls what transformers keeps for itself about reading weight
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,10 +25,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from lightning_smoe.errors import InputError
-from lightning_smoe.models.checkpoint import align, skeleton, warn_unused
+from lightning_smoe.models.checkpoint import align, say_dequantised, skeleton, warn_unused
 from lightning_smoe.models.finite import refuse_not_finite
 from lightning_smoe.models.folder import CheckpointFolder
 from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
+from lightning_smoe.models.plain_tensors import plain_tensors
 from lightning_smoe.models.residence import Outside, Residence
 from lightning_smoe.models.stored import TORCH_TYPES
 from lightning_smoe.models.walk import decoder_layers
@@ -56,6 +56,7 @@ class Streamed(Residence):
         self._path, _ = decoder_layer_of(find_moe_layers(model)[0].name)
         self._plan = model._get_dtype_plan(dtype)
         self._mapping: list[Any] = get_model_conversion_mapping(model)
+        say_dequantised(folder)
         self._sources = self._find_sources()
         self._check_complete()
         # What writes the model again goes by the conversions that were of use.
@@ -124,7 +125,7 @@ class Streamed(Residence):
                 found.setdefault(target, []).append(key)
             else:
                 unused.append(key)
-        warn_unused(self._folder, unused)
+        warn_unused(self._folder, self.model, unused)
         return found
 
     def _check_complete(self) -> None:
@@ -176,14 +177,8 @@ class Streamed(Residence):
         return old.dtype
 
     def _read(self, keys: Iterable[str]) -> None:
-        with ExitStack() as stack:
-            files: dict[Path, Any] = {}
-            slices = {}
-            for key in keys:
-                shard = self._folder.shard_of(key)
-                if shard not in files:
-                    files[shard] = stack.enter_context(safe_open(shard, "pt"))
-                slices[key] = files[shard].get_slice(key)
+        with plain_tensors(self._folder) as tensor:
+            slices = {key: tensor(key) for key in keys}
             settings = LoadStateDictConfig(
                 weight_mapping=copy.deepcopy(self._mapping),
                 device_map={"": "cpu"},

@@ -117,8 +117,8 @@ DAMAGED = {
         "save the model once with transformers' save_pretrained",
     ),
     "quantised weights": (
-        config_has(quantization_config={"quant_method": "fp8"}),
-        "qwen3_moe is quantised; compress the original weights, then quantise again",
+        config_has(quantization_config={"quant_method": "gptq"}),
+        r"qwen3_moe is quantised; compress the original weights, then quantise again \(gptq is not",
     ),
     "the index is no JSON": (
         lambda folder: (folder / WEIGHTS).rename(folder / INDEX),
