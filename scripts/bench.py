@@ -5,6 +5,13 @@
     python scripts/bench.py pairs --rounds 1
     python scripts/bench.py recovery --rounds 3
     python scripts/bench.py recovery-memory
+    python scripts/bench.py peers --environment venv_llmc --rounds 1
+    python scripts/bench.py floor --rounds 3
+    python scripts/bench.py growth --rounds 1
+
+`peers` needs a second environment with llm-compressor: `python -m venv venv_llmc`, then
+`venv_llmc/bin/pip install llmcompressor==0.14.0.1`. Each of its candidates, and each size of
+`growth`, runs in a process of its own on one thread; the start of the process does not count.
 
 The unit is CPU-seconds of this process (all threads), the median over rounds in which the
 candidates take turns.
@@ -13,12 +20,16 @@ candidates take turns.
 import argparse
 import logging
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_floor
+import bench_growth
+import bench_peers
 import bench_recovery
 import torch
 from lightning.pytorch import Trainer
@@ -91,6 +102,19 @@ def recovery(rounds: int) -> None:
     """Compares fit with a bare PyTorch loop that does the same passes."""
     title, candidates = bench_recovery.loops()
     show(title, measure(candidates, rounds))
+
+
+def floor(rounds: int) -> None:
+    """Compares statistics and merging with the arithmetic that they need."""
+    text: dict[str, Any] = bench_peers.text_of(bench_peers.TOKENS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = bench_peers.write_model(Path(name) / "model", layers=8, experts=128)
+        data, model = TextDataModule(tokenizer=folder, **text), load(folder)
+    data.windows("calib")
+    sizes = {"width": bench_floor.WIDTH, "hidden": bench_floor.HIDDEN}
+    evidence = random_evidence(bench_floor.EXPERTS, num_tokens=bench_floor.TOKENS, **sizes)
+    calibration = (lambda: calibrate(model, data), lambda: plain_forward(model, data))
+    bench_floor.floor(calibration, evidence, rounds)
 
 
 def random_evidence(num_experts: int, width: int, hidden: int, num_tokens: int) -> Evidence:
@@ -174,11 +198,17 @@ def main() -> None:
         "pairs": pairs,
         "recovery": recovery,
         "recovery-memory": lambda _: bench_recovery.memory(),
+        "peers": lambda rounds: bench_peers.peers(options.environment, rounds),
+        "floor": floor,
+        "growth": bench_growth.growth,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=list(benchmarks))
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, at least 1")
+    parser.add_argument("--environment", type=Path, help="of llm-compressor, for peers")
     options = parser.parse_args()
+    if options.benchmark == "peers" and options.environment is None:
+        parser.error("peers needs --environment, a virtual environment with llm-compressor")
     warnings.filterwarnings(
         "ignore",
         ".*does not have many workers.*|.*LeafSpec.*|.*in eval mode.*|.*exists and is not.*",
