@@ -11,6 +11,8 @@ from lightning_smoe.compression.recipe import Merge, Prune, Recipe
 from lightning_smoe.functional.saliency import MoNE, ReapSum
 from lightning_smoe.training.options import Recovery
 
+# Float32 on processors, which are slower in shorter types; elsewhere the checkpoint's own type.
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What `recipe: auto` chooses from: pooling needs the map format; pruning is stock.
@@ -34,8 +36,7 @@ class Experiment:
         keep: Routed experts that each layer keeps, on average over the layers: a fraction in
             (0, 1], or a whole number; at least what the router selects, unless it keeps all rows.
         budget: How many of them each layer keeps. Where counts differ by layer, the result loads
-            with transformers only if router rows share experts (Map), else with
-            lightning_smoe.models.checkpoint.load only.
+            with `trust_remote_code=True`.
         layers: Decoder layers to change, counted from 0, or all. Counts then differ by layer: see
             budget.
         recipe: How experts are chosen and what becomes of the others: a class with its settings, a
@@ -48,6 +49,10 @@ class Experiment:
             experts beside the results.
         beside: Further recipes by name, which the report shows at the same number of experts.
         dtype: Type of the weights while they are worked on; results have the original's type.
+            `auto` is float32 on a CPU, where shorter types are slower, and the original's on a GPU.
+        stream: Whether calibrate, plan, compress and evaluate hold one decoder layer at a time,
+            read from the checkpoint, with the same results bit for bit. `auto` does so where the
+            model does not fit in memory twice.
         overwrite: Run steps again whose results are there, and replace results of other runs.
     """
 
@@ -61,5 +66,6 @@ class Experiment:
     sample_tokens: int = 16384
     baselines: bool = True
     beside: dict[str, Recipe] = field(default_factory=dict)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "auto"
+    stream: bool | Literal["auto"] = "auto"
     overwrite: bool = False

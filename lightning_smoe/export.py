@@ -18,7 +18,8 @@ from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.modeling_smoe import TYPE_PREFIX
 from lightning_smoe.models.unmapped import give_each_row_its_own, stored_maps
-from lightning_smoe.pipeline import plan, running_step, save_result
+from lightning_smoe.pipeline import plan, running_step
+from lightning_smoe.results import save_result
 from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,9 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,7 +16,8 @@ from transformers import PreTrainedModel
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.carry_out import carry_out
 from lightning_smoe.compression.planner import make_plan
-from lightning_smoe.compression.recipe import check_router
+from lightning_smoe.compression.recipe import Recipe, check_router
+from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.report import (
@@ -26,13 +29,16 @@ from lightning_smoe.evaluation.report import (
     write_report,
 )
 from lightning_smoe.evaluation.tasks import TaskSuite
-from lightning_smoe.measure import BASELINES, Yardstick
+from lightning_smoe.measure import BASELINES, Yardstick, held
 from lightning_smoe.models.artifact import Manifest
-from lightning_smoe.models.checkpoint import load, outline
+from lightning_smoe.models.checkpoint import outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.residence import Residence
+from lightning_smoe.models.streamed import Streamed
 from lightning_smoe.pipeline import calibrate, read_seconds
+from lightning_smoe.results import stream_result
 from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
@@ -61,6 +67,19 @@ def check_others(work: Workspace, others: Sequence[Path] = ()) -> None:
                 f"--others: {name} has a vocabulary of {found} tokens and the original of "
                 f"{vocab_size}; only models of one vocabulary can be compared"
             )
+
+
+def check_whole(work: Workspace) -> None:
+    """Checks that models can be asked task by task.
+
+    Raises:
+        InputError: They come from their files layer by layer.
+    """
+    if work.streams:
+        raise InputError(
+            "--tasks: a model that comes from its files one decoder layer at a time (model.stream) "
+            "would be read anew for every question; judge it on tasks where it fits in memory"
+        )
 
 
 def _name(others: Sequence[Path]) -> dict[str, Path]:
@@ -138,17 +157,17 @@ def _judge_all(
     yardstick = Yardstick.load(work, "test")
     seconds = read_seconds(work)
 
-    def judge(model: PreTrainedModel, path: Path | None, took: dict[str, float]) -> dict[str, Any]:
+    def judge(model: Residence, path: Path | None, took: dict[str, float]) -> dict[str, Any]:
         judged = yardstick.judge(trainer, model, path, took)
-        return _on_tasks(trainer, work, model, judged, suite=suite).to_json()
+        return _on_tasks(trainer, work, model.model, judged, suite=suite).to_json()
 
-    original = judge(yardstick.model, work.source.path, {})
+    original = judge(yardstick.residence, work.source.path, {})
     found = {}
     for name, path in folders.items():
         took = {step: seconds[step] for step in _STEPS_OF.get(name, ()) if step in seconds}
-        found[name] = judge(load(path, work.dtype), path, took)
-    for name, model in _others_at_this_size(trainer, work):
-        found[name] = judge(model, None, {})
+        found[name] = judge(work.residence(open_checkpoint(path)), path, took)
+    for name, residence in _others_at_this_size(trainer, work):
+        found[name] = judge(residence, None, {})
     return original, found
 
 
@@ -168,29 +187,46 @@ def _on_tasks(
         return replace(judged, tasks=suite.run(model, load_tokenizer(work.source.path)))
 
 
-def _others_at_this_size(
-    trainer: Trainer, work: Workspace
-) -> Iterator[tuple[str, PreTrainedModel]]:
+def _others_at_this_size(trainer: Trainer, work: Workspace) -> Iterator[tuple[str, Residence]]:
     """Other recipes, and plain pruning, with as many experts as the plan keeps in each layer."""
     recipes = work.experiment.beside | (BASELINES if work.experiment.baselines else {})
     if not recipes:
         return
-    statistics = Statistics.load(work.statistics_path)
     plans = work.read_plan().by_name()
     counts = {name: len(plan.groups) for name, plan in plans.items()}
     for name, recipe in recipes.items():
-        model = load(work.source.path, work.dtype)
-        model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
-        layers = [layer for layer in find_moe_layers(model) if layer.name in plans]
-        try:
-            check_router(recipe.execution.router, model, layers)
-            plan = make_plan(statistics, layers, recipe, counts)
-            plan.check(layers, work.source.fingerprint)
-            carry_out(trainer, work.data, model, plan, samples=statistics.samples)
-        except ValueError as error:  # Such as fewer experts than a router of one row each selects.
-            logger.warning("evaluate: %s is left out: %s", name, error)
-            continue
-        yield name, model
+        with TemporaryDirectory(dir=work.folder, prefix=f".{name}.") as folder:
+            try:
+                residence = _compressed(trainer, work, recipe, counts, path=Path(folder) / name)
+            except ValueError as error:  # Such as fewer experts than a router of one row selects.
+                logger.warning("evaluate: %s is left out: %s", name, error)
+                continue
+            yield name, residence
+
+
+def _compressed(
+    trainer: Trainer, work: Workspace, recipe: Recipe, counts: dict[str, int], *, path: Path
+) -> Residence:
+    """The original compressed by another recipe: in memory, or in a folder for a while."""
+    statistics, residence = Statistics.load(work.statistics_path), work.residence()
+    model, device = residence.model, trainer.strategy.root_device
+    if not residence.streams:
+        model.to(device)  # type: ignore[arg-type] # wrong in 5.23
+    layers = [layer for layer in find_moe_layers(model) if layer.name in counts]
+    check_router(recipe.execution.router, model, layers)
+    hold = partial(held, residence, device)
+    plan = make_plan(statistics, layers, recipe, counts, hold=hold)
+    plan.check(layers, work.source.fingerprint)
+    if not isinstance(residence, Streamed):
+        carry_out(trainer, work.data, model, plan, samples=statistics.samples)
+        return residence
+    # All processes read what the first one wrote.
+    path = trainer.strategy.broadcast(path)
+    manifest = Manifest("evaluate", {"recipe": to_spec(recipe)})
+    samples = statistics.samples
+    stream_result(trainer, work, residence, plan, path=path, manifest=manifest, samples=samples)
+    trainer.strategy.barrier()
+    return work.residence(open_checkpoint(path))
 
 
 def _show(work: Workspace, report: dict[str, Any], folders: dict[str, Path]) -> None:

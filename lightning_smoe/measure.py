@@ -1,13 +1,16 @@
 """A recipe tried out in memory: planned, carried out, and measured on held-out text."""
 
 import time
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from lightning.pytorch import Trainer
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.budget import share_out
@@ -19,12 +22,13 @@ from lightning_smoe.compression.trials import Trials
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.evaluation.perplexity import EvaluationModule
 from lightning_smoe.evaluation.report import Judged
+from lightning_smoe.evaluation.walked import WalkedEvaluation
 from lightning_smoe.functional.saliency import Frequency, Reap
 from lightning_smoe.models.artifact import Manifest
-from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
-from lightning_smoe.models.head import check_isolates
-from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.isolation import check_residence_isolates
+from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.residence import InMemory, Residence
 from lightning_smoe.models.stored import stored_bytes
 from lightning_smoe.workspace import Workspace
 
@@ -44,28 +48,29 @@ class Yardstick:
 
     Args:
         source: The original's folder.
-        model: The original in memory; its weights are never changed.
+        residence: The original; its weights are never changed.
         data: The text.
         split: Which part of it: choosing among recipes on `test` would tune them to it.
     """
 
     source: CheckpointFolder
-    model: PreTrainedModel
+    residence: Residence
     data: TextDataModule
     split: Split = "valid"
+    _states: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def load(work: Workspace, split: Split = "valid") -> "Yardstick":
-        """Loads an experiment's original."""
-        model = load(work.source.path, work.dtype)
+        """Opens an experiment's original."""
+        residence = work.residence()
         if work.data.windows(split).isolated:
-            check_isolates(model)
-        return Yardstick(work.source, model, work.data, split)
+            check_residence_isolates(residence)
+        return Yardstick(work.source, residence, work.data, split)
 
     def judge(
         self,
         trainer: Trainer,
-        model: PreTrainedModel,
+        residence: Residence,
         path: Path | None = None,
         seconds: dict[str, float] | None = None,
     ) -> Judged:
@@ -73,17 +78,25 @@ class Yardstick:
 
         Args:
             trainer: Runs the test loop.
-            model: The model.
+            residence: The model.
             path: Its folder; none for one that is in memory only.
             seconds: Wall time of the steps that made it.
         """
-        module = EvaluationModule(model, self.model, self.data.domains_of(self.split))
+        model, domains = residence.model, self.data.domains_of(self.split)
+        module: EvaluationModule | WalkedEvaluation
+        if residence.streams or self.residence.streams:
+            known = self._states or None
+            module = WalkedEvaluation(residence, self.residence, domains, known)
+        else:
+            module = EvaluationModule(model, self.residence.model, domains)
         # The loaders share out the text among the trainer's processes. Of an earlier loop Lightning
         # would set up the text, which may be of a split that is not there.
         self.data.trainer = trainer
         trainer.datamodule = None  # type: ignore[attr-defined]  # set by Lightning
         loaders = {"valid": self.data.val_dataloader, "test": self.data.test_dataloader}
         trainer.test(module, dataloaders=loaders[self.split](), verbose=False)
+        if isinstance(module, WalkedEvaluation):
+            self._states[:] = module.teacher_states or ()
         size = stored_bytes(model, self.source) if path is None else open_checkpoint(path).num_bytes
         counts = [layer.num_experts for layer in find_moe_layers(model)]
         parameters = sum(p.numel() for p in model.parameters())
@@ -102,7 +115,7 @@ def variant(trainer: Trainer, work: Workspace, **changes: Any) -> Workspace:
         InputError: They cannot be used on this model.
     """
     experiment = replace(work.experiment, output_dir=work.folder, **changes)
-    other = Workspace(experiment, work.data, str(trainer.precision))
+    other = work.like(experiment, work.data, str(trainer.precision))
     # Knows the hash of its weights already.
     other.source = work.source
     return other
@@ -120,31 +133,41 @@ def reseeded(strategy: T, seed: int) -> T:
 def decide(
     trainer: Trainer,
     work: Workspace,
-    model: PreTrainedModel,
+    residence: Residence,
     statistics: Statistics,
     *,
     manifest: Manifest | None = None,
 ) -> CompressionPlan:
-    """Plans an experiment; the model is moved to the trainer's device, and not changed.
+    """Plans an experiment; the model works on the trainer's device, and is not changed.
 
     Args:
         trainer: Knows the device.
         work: The experiment.
-        model: The original.
+        residence: The original.
         statistics: What its experts did on calibration text.
         manifest: What the plan is made from.
     """
     wanted, chosen = work.experiment, {layer.name for layer in work.chosen}
-    model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
+    model, device = residence.model, trainer.strategy.root_device
+    if not residence.streams:
+        model.to(device)  # type: ignore[arg-type] # wrong in 5.23
     layers = [layer for layer in find_moe_layers(model) if layer.name in chosen]
     text = work.data.windows("calib").tensors()
+    hold = partial(held, residence, device)
     trials = Trials(
         model, statistics, work.recipe, layers=layers, keep=wanted.keep, text=text,
-        batch_size=work.data.batch_size,
+        batch_size=work.data.batch_size, hold=hold if residence.streams else None,
     )  # fmt: skip
     counts = share_out(wanted.budget, trials)
     del trials  # It holds copies of layers.
-    return make_plan(statistics, layers, work.recipe, counts, manifest=manifest)
+    return make_plan(statistics, layers, work.recipe, counts, manifest=manifest, hold=hold)
+
+
+def held(
+    residence: Residence, device: torch.device, layer: MoELayer
+) -> AbstractContextManager[Any]:
+    """Gives a layer its weights for a while."""
+    return residence.layer(layer.index, device)
 
 
 def measure(
@@ -168,10 +191,10 @@ def measure(
         InputError: The recipe does not fit the model.
     """
     start = time.monotonic()
-    plan = decide(trainer, work, yardstick.model, statistics)
+    plan = decide(trainer, work, yardstick.residence, statistics)
     plan.check(work.layers, work.source.fingerprint)
     planned = time.monotonic()
-    model = deepcopy(yardstick.model)
+    model = deepcopy(yardstick.residence.model)
     carry_out(trainer, work.data, model, plan, samples=statistics.samples)
     seconds = {"plan": planned - start, "compress": time.monotonic() - planned}
-    return yardstick.judge(trainer, model, seconds=seconds)
+    return yardstick.judge(trainer, InMemory(model), seconds=seconds)

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.calibration.statistics import Statistics
@@ -20,12 +19,9 @@ from lightning_smoe.compression.plan import CompressionPlan, note_refits
 from lightning_smoe.errors import InputError
 from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
-from lightning_smoe.models.card import model_card
-from lightning_smoe.models.checkpoint import load
-from lightning_smoe.models.head import check_isolates
-from lightning_smoe.models.layer import find_moe_layers
-from lightning_smoe.models.mapped import is_mapped
-from lightning_smoe.models.saving import save
+from lightning_smoe.models.isolation import check_residence_isolates
+from lightning_smoe.models.streamed import Streamed
+from lightning_smoe.results import plan_steps, save_result, stream_result, stream_statistics
 from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
@@ -37,11 +33,15 @@ def calibrate(trainer: Trainer, work: Workspace) -> None:
     with running_step(trainer, work, work.statistics_path, found=found, wanted=wanted) as needed:
         if not needed:
             return
-        watch = ExpertStatistics(work.data.domains_of("calib"), wanted, work.sample_stride)
-        model = load(work.source.path, work.dtype)
+        residence = work.residence()
         if work.data.windows("calib").isolated:
-            check_isolates(model)
-        module = CalibrationModule(model)
+            check_residence_isolates(residence)
+        if residence.streams:
+            path = work.statistics_path
+            stream_statistics(trainer, work, residence, path=path, manifest=wanted)
+            return
+        watch = ExpertStatistics(work.data.domains_of("calib"), wanted, work.sample_stride)
+        module = CalibrationModule(residence.model)
         with _also(trainer, watch):
             trainer.predict(module, datamodule=work.data, return_predictions=False)
         if trainer.is_global_zero:
@@ -66,9 +66,8 @@ def plan(trainer: Trainer, work: Workspace) -> None:
         return
     with running_step(trainer, work, work.plan_path, found=found, wanted=wanted) as needed:
         if needed and trainer.is_global_zero:
-            model = load(work.source.path, work.dtype)
             statistics = Statistics.load(work.statistics_path)
-            decided = decide(trainer, work, model, statistics, manifest=wanted)
+            decided = decide(trainer, work, work.residence(), statistics, manifest=wanted)
             decided.save(work.plan_path)
 
 
@@ -85,50 +84,18 @@ def compress(trainer: Trainer, work: Workspace) -> None:
             return
         needs_sample = decided.needs_sample
         samples = Statistics.load(work.statistics_path).samples if needs_sample else {}
-        model = load(work.source.path, work.dtype)
-        refits = carry_out(trainer, work.data, model, decided, samples=samples)
+        residence, path = work.residence(), work.compressed_path
+        if isinstance(residence, Streamed):
+            refits = stream_result(
+                trainer, work, residence, decided, path=path, manifest=wanted, samples=samples
+            )
+        else:
+            refits = carry_out(trainer, work.data, residence.model, decided, samples=samples)
+            if trainer.is_global_zero:
+                steps = plan_steps(decided, refits)
+                save_result(work, residence.model, path, manifest=wanted, steps=steps)
         if trainer.is_global_zero:
-            steps = _compression_steps(decided)
-            steps += [f"{n}: {refit}." for n, refit in refits.items() if not refit.applied]
             note_refits(work.plan_path, {name: asdict(refit) for name, refit in refits.items()})
-            save_result(work, model, work.compressed_path, manifest=wanted, steps=steps)
-
-
-def save_result(
-    work: Workspace, model: PreTrainedModel, path: Path, *, manifest: Manifest, steps: list[str]
-) -> None:
-    """Writes a checkpoint folder of the experiment, with its card.
-
-    Args:
-        work: The experiment.
-        model: The compressed model.
-        path: Where to write.
-        manifest: What made it.
-        steps: What was done, a sentence each, for the card.
-    """
-    model.cpu()
-    before = {layer.name: layer.num_experts for layer in work.layers}
-    after = {layer.name: layer.num_experts for layer in find_moe_layers(model)}
-    title = f"{work.source.name}, {path.name}"
-    card = model_card(
-        title,
-        work.source,
-        before=before,
-        after=after,
-        steps=steps,
-        manifest=manifest,
-        mapped=is_mapped(model),
-    )
-    save(model, work.source, path, manifest=manifest, card=card)
-
-
-def _compression_steps(decided: CompressionPlan) -> list[str]:
-    merged = any(len(group) > 1 for layer in decided.layers for group in layer.groups)
-    steps = [f"Experts merged by {decided.merger}." if merged else "Experts pruned."]
-    steps.append(f"Router repaired by {decided.router}.")
-    if decided.refit is not None:
-        steps.append(f"Output matrices refitted in closed form ({decided.refit}).")
-    return steps
 
 
 @contextmanager

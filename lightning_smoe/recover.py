@@ -17,7 +17,8 @@ from lightning_smoe.layer_stage import read_stage, train_layers
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import load
 from lightning_smoe.models.head import check_isolates
-from lightning_smoe.pipeline import compress, running_step, save_result
+from lightning_smoe.pipeline import compress, running_step
+from lightning_smoe.results import save_result
 from lightning_smoe.teaching import make_cache, open_teacher
 from lightning_smoe.training.adapters import merge_trained
 from lightning_smoe.training.keeping import checkpoint_bytes

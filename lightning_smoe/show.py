@@ -81,9 +81,10 @@ def inspect(checkpoint: str) -> None:
     ]
     lines += [_describe(i, layers.get(i)) for i in range(config.num_hidden_layers)]
     if folder.is_mapped:
+        shared = any(layer.expert_map is not None for layer in layers.values())
         lines.append(
             "Loads with: transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=True "
-            "(router rows share experts)"
+            f"({'router rows share experts' if shared else 'numbers of experts differ by layer'})"
         )
     elif folder.experts_per_layer:
         lines.append("Loads with: lightning_smoe.models.checkpoint.load (counts differ by layer)")

@@ -74,6 +74,11 @@ def check(trainer: Trainer, work: Workspace, grid: Grid) -> None:
             f"sweep works in one process, and trainer.devices asks for {trainer.world_size}; set "
             "it to 1, and start one sweep a device, each with its own model.output_dir and --seeds"
         )
+    if work.streams:
+        raise InputError(
+            "sweep, and recipe: auto, hold whole models in memory, and here decoder layers come "
+            "one at a time (model.stream); name one recipe"
+        )
     for name, values in (("recipes", grid.recipes), ("keep", grid.keep), ("seeds", grid.seeds)):
         if values is not None and (not values or len({*map(str, values)}) < len(values)):
             raise InputError(f"--{name} {list(values)}: name at least one, and none twice")
@@ -184,14 +189,14 @@ def _runs(trainer: Trainer, work: Workspace, grid: Grid) -> list[_Run]:
 def _on_seed(trainer: Trainer, work: Workspace, seed: int) -> Workspace:
     """The experiment on calibration text that another seed chooses, in a folder of its own."""
     experiment = replace(work.experiment, output_dir=work.folder / f"seed-{seed}")
-    other = Workspace(experiment, work.data.reseeded(seed), str(trainer.precision))
+    other = work.like(experiment, work.data.reseeded(seed), str(trainer.precision))
     other.source = work.source
     return other
 
 
 def _run_all(trainer: Trainer, file: SweepFile, runs: Sequence[_Run], yardstick: Yardstick) -> None:
     if file.teacher is None:
-        original = yardstick.judge(trainer, yardstick.model, yardstick.source.path)
+        original = yardstick.judge(trainer, yardstick.residence, yardstick.source.path)
         file.content["teacher"] = original.to_json()
     statistics, calibrated, start = None, None, time.monotonic()
     for number, run in enumerate(runs, start=1):

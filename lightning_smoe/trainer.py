@@ -41,7 +41,13 @@ class SMoETrainer(FolderVerbs, Trainer):
         """Checks everything, brings up all processes, then holds the output folder."""
         check_loops(self)
         check_devices(self, in_slices)
-        work = Workspace(model, datamodule, str(self.precision))
+        work = Workspace(
+            model,
+            datamodule,
+            str(self.precision),
+            device=self.strategy.root_device,
+            num_local_processes=self.num_devices,
+        )
         datamodule.check(splits)
         for check in checks:
             check(work)
@@ -179,6 +185,7 @@ class SMoETrainer(FolderVerbs, Trainer):
             judge.check_others(work, others)
             work.check_space(work.compressed_path)
             if suite is not None:
+                judge.check_whole(work)
                 suite.check()
 
         with self._settling(model, datamodule, ("calib", "test"), check) as work:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from lightning_smoe.models.inventory import (
     check_index,
     check_tensors,
 )
+from lightning_smoe.models.memory import available_memory
 from lightning_smoe.models.origins import LayerOrigin
 from lightning_smoe.models.stored import stored_bytes, stored_type
 from lightning_smoe.models.tensor_reader import TensorReader
@@ -134,14 +134,6 @@ def _try_out(folder: CheckpointFolder, prompt: str) -> Iterator[Check]:
         )
     wrong = (f"the logits of the prompt {prompt!r} are not finite",) if bad else ()
     yield Check("prompt", str(tokenizer.decode(written[0])), wrong)
-
-
-def available_memory() -> int | None:
-    """Bytes that a new program could take; none where the system does not say."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
 
 
 def _show(console: Console, folder: CheckpointFolder, checks: Sequence[Check]) -> None:

@@ -1,5 +1,6 @@
 """An experiment checked against what is there, with the places and origins of its results."""
 
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,18 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.experiment import AUTO, DTYPES, Experiment
 from lightning_smoe.functional.allocation import even_counts
 from lightning_smoe.models.artifact import Manifest, require_space, sha256_of, sha256_of_file
-from lightning_smoe.models.checkpoint import outline
+from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.description import counted_config
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
+from lightning_smoe.models.memory import available_memory
+from lightning_smoe.models.residence import InMemory, Residence
+from lightning_smoe.models.stored import stored_type
+from lightning_smoe.models.streamed import Streamed
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
 
 
 class Workspace:
@@ -29,19 +38,28 @@ class Workspace:
         experiment: What is asked for.
         data: The text.
         precision: The trainer's.
+        device: Where models are worked on.
+        num_local_processes: Processes that share the machine's memory.
 
     Raises:
         InputError: The checkpoint, `keep` or `layers` cannot be used; nothing was written.
     """
 
     def __init__(
-        self, experiment: Experiment, data: TextDataModule, precision: str = "32-true"
+        self,
+        experiment: Experiment,
+        data: TextDataModule,
+        precision: str = "32-true",
+        *,
+        device: torch.device = _CPU,
+        num_local_processes: int = 1,
     ) -> None:
-        self.experiment = experiment
-        # What rounding every number of every step goes through.
-        self.numbers = f"{experiment.dtype}, {precision}"
+        self.experiment, self._device = experiment, device
+        self._num_local_processes = num_local_processes
         self.data = data
         self.source: CheckpointFolder = open_checkpoint(experiment.checkpoint)
+        # What rounding every number of every step goes through.
+        self.numbers = f"{str(self.dtype).removeprefix('torch.')}, {precision}"
         data.tokenizer = self.source.path
         model = outline(self.source)
         self.layers: list[MoELayer] = find_moe_layers(model)
@@ -62,8 +80,8 @@ class Workspace:
             * (1 - kept[layer.index] / layer.num_experts)
             for layer in self.chosen
         )
-        total = sum(p.numel() for p in model.parameters())
-        self._result_bytes = int(self.source.num_bytes * (1 - dropped / total))
+        self._num_parameters = sum(p.numel() for p in model.parameters())
+        self._result_bytes = int(self.source.num_bytes * (1 - dropped / self._num_parameters))
         self.folder = Path(experiment.output_dir)
         self._check_folder()
 
@@ -91,7 +109,49 @@ class Workspace:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights in memory."""
-        return DTYPES[self.experiment.dtype]
+        if self.experiment.dtype != "auto":
+            return DTYPES[self.experiment.dtype]
+        return torch.float32 if self._device.type == "cpu" else stored_type(self.source)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether one decoder layer at a time is in memory, rather than the whole model."""
+        if self.experiment.stream != "auto":
+            return self.experiment.stream
+        # Twice: what is written is read back, and what is judged stands beside the original.
+        needed = 2 * self._num_parameters * self.dtype.itemsize
+        places = {(_CPU, self._num_local_processes), (self._device, 1)}
+        rooms = [(available_memory(device), count) for device, count in places]
+        short = [room for room, count in rooms if room is not None and room < needed * count]
+        if short:
+            logger.info(
+                "model.stream: two models take %.1f GB and there are %.1f GB, so one decoder layer "
+                "at a time is read from the checkpoint", needed / 1e9, min(short) / 1e9,
+            )  # fmt: skip
+        return bool(short)
+
+    def residence(self, folder: CheckpointFolder | None = None) -> Residence:
+        """A model of which as much is in memory as fits.
+
+        Args:
+            folder: Its folder; none for the original.
+        """
+        folder = folder or self.source
+        return (
+            Streamed(folder, self.dtype)
+            if self.streams
+            else InMemory(load(folder.path, self.dtype))
+        )
+
+    def like(self, experiment: Experiment, data: TextDataModule, precision: str) -> "Workspace":
+        """Checks another experiment in the same place."""
+        return Workspace(
+            experiment,
+            data,
+            precision,
+            device=self._device,
+            num_local_processes=self._num_local_processes,
+        )
 
     @property
     def statistics_path(self) -> Path:

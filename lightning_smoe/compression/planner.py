@@ -3,7 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -22,6 +24,9 @@ from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.layer import MoELayer
 
 logger = logging.getLogger(__name__)
+
+# Gives a layer its weights for a while.
+Hold = Callable[[MoELayer], AbstractContextManager[Any]]
 
 # Part of the layers that may have super experts, as in REAP's code: behind it no attention is left
 # that would rely on them.
@@ -162,15 +167,17 @@ def make_plan(
     counts: Mapping[str, int],
     *,
     manifest: Manifest | None = None,
+    hold: Hold = nullcontext,
 ) -> CompressionPlan:
     """Decides what becomes of every expert.
 
     Args:
         statistics: What the experts did on calibration text.
-        layers: Layers to change, with their weights.
+        layers: Layers to change.
         recipe: The method.
         counts: Experts to keep, by the layer's name.
         manifest: What the plan is made from.
+        hold: Gives a layer its weights for a while, if they are not always there.
 
     Raises:
         InputError: The statistics are of another model.
@@ -179,9 +186,11 @@ def make_plan(
     plans = []
     for number, layer in enumerate(layers):
         start = time.monotonic()
-        evidence = evidence_of(layer, statistics)
-        alone = protected[layer.name]
-        plans.append(plan_layer(layer, evidence, recipe, counts[layer.name], alone=alone))
+        with hold(layer):
+            evidence = evidence_of(layer, statistics)
+            alone = protected[layer.name]
+            plans.append(plan_layer(layer, evidence, recipe, counts[layer.name], alone=alone))
+            del evidence  # It would keep the weights.
         logger.info(
             "plan: %s, %d -> %d experts in %.1f s; %d of %d layers", layer.name, layer.num_experts,
             counts[layer.name], time.monotonic() - start, number + 1, len(layers),

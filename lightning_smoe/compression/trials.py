@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.apply import apply_layer
 from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.plan import CompressionPlan
-from lightning_smoe.compression.planner import evidence_of, plan_layer, protected_experts
+from lightning_smoe.compression.planner import Hold, evidence_of, plan_layer, protected_experts
 from lightning_smoe.compression.recipe import Recipe
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.divergence import kl_divergence
@@ -43,6 +43,7 @@ class Trials:
         keep: A fraction of all experts, in (0, 1] and not whole, or a count a layer.
         text: Calibration text, sequences on the first axis of `input_ids` and `attention_mask`.
         batch_size: Sequences that run at once, at least 1.
+        hold: Gives a layer its weights for a while; none if all are there all the time.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class Trials:
         keep: int | float,
         text: Mapping[str, Tensor],
         batch_size: int = 8,
+        hold: Hold | None = None,
     ) -> None:
+        self._streams = hold is not None
+        self._hold: Hold = hold or nullcontext
         self.recipe, self.layers, self.keep = recipe, list(layers), keep
         self._model, self._statistics = model, statistics
         self._text, self._batch_size = text, batch_size
@@ -71,7 +75,9 @@ class Trials:
         return self._evidence(layer.name)
 
     def _find_evidence(self, name: str) -> Evidence:
-        return evidence_of(self._by_name[name], self._statistics)
+        layer = self._by_name[name]
+        with self._hold(layer):
+            return evidence_of(layer, self._statistics)
 
     def plan(self, layer: MoELayer, count: int) -> LayerPlan:
         """What becomes of a layer's experts if so many stay."""
@@ -95,23 +101,29 @@ class Trials:
             counts: Numbers of experts that stay.
             relative: Divide by the energy of the output, and not by the number of tokens.
         """
-        states = self._sample(layer).states
-        wanted = _routed_output(layer, states).double()
-        energy = wanted.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-        scale = float(energy) if relative else len(states)
-        errors = []
-        for count in counts:
-            block = self._make_block(layer.name, count)
-            found = _routed_output(MoELayer(layer.name, block), states)
-            errors.append(float((found.double() - wanted).square().sum()) / scale)
-        return errors
+        with self._hold(layer):
+            states = self._sample(layer).states
+            wanted = _routed_output(layer, states).double()
+            energy = wanted.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            scale = float(energy) if relative else len(states)
+            errors = []
+            for count in counts:
+                block = self._make_block(layer.name, count)
+                found = _routed_output(MoELayer(layer.name, block), states)
+                errors.append(float((found.double() - wanted).square().sum()) / scale)
+            return errors
 
     def measure(self, num_tokens: int) -> "Measure":
         """Measures whole models on so many calibration tokens, the first of the balanced order.
 
         Raises:
-            InputError: There are none.
+            InputError: There are none, or the model is not in memory.
         """
+        if self._streams:
+            raise InputError(
+                "model.budget measures whole models, which do not fit in memory here (model.stream)"
+                "; set a budget that goes by layers, such as Uniform or LayerErrorDP"
+            )
         length = self._text["input_ids"].shape[1]
         rows = slice(0, max(1, num_tokens // length))
         text = {name: tensor[rows] for name, tensor in self._text.items()}

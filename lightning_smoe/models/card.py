@@ -79,9 +79,7 @@ _LOAD_STOCK = (
     "```",
 )
 
-_LOAD_MAPPED = (
-    "The router tells apart as many experts as in the original, and several of its rows share one. "
-    "The file `modeling_smoe.py` says so to transformers:",
+_LOAD_BY_CODE = (
     "",
     "```python",
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -90,18 +88,20 @@ _LOAD_MAPPED = (
     "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
     "```",
     "",
-    "After `import lightning_smoe` it loads without `trust_remote_code`.",
+    "After `import lightning_smoe` it loads without `trust_remote_code`; where that package is "
+    "installed, vLLM serves it, too (for the families that its documentation names).",
+)
+
+_LOAD_MAPPED = (
+    "The router tells apart as many experts as in the original, and several of its rows share one. "
+    "The file `modeling_smoe.py` says so to transformers:",
+    *_LOAD_BY_CODE,
 )
 
 _LOAD_UNEVEN = (
-    "The layers have different numbers of experts, which the configuration of stock transformers "
-    "cannot say. The folder loads with this project only:",
-    "",
-    "```python",
-    "from lightning_smoe.models.checkpoint import load",
-    "",
-    "model = load(folder)",
-    "```",
+    "The layers have different numbers of experts. The file `modeling_smoe.py` says so to "
+    "transformers:",
+    *_LOAD_BY_CODE,
 )
 
 

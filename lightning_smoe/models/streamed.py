@@ -53,6 +53,7 @@ class Streamed(Residence):
             model = skeleton(folder, dtype)
         super().__init__(model.eval())
         self._folder, self._dtype = folder, dtype
+        self._held: set[int] = set()
         self._path, _ = decoder_layer_of(find_moe_layers(model)[0].name)
         self._plan = model._get_dtype_plan(dtype)
         self._mapping: list[Any] = get_model_conversion_mapping(model)
@@ -72,10 +73,15 @@ class Streamed(Residence):
     def layer(self, index: int, device: torch.device) -> Iterator[nn.Module]:
         """Reads a decoder layer, and frees it behind."""
         layer = decoder_layers(self.model)[index]
+        if index in self._held:
+            yield layer
+            return
+        self._held.add(index)
         self._bring(k for k in self._sources if k.startswith(f"{self._path}.{index}."))
         try:
             yield layer.to(device)
         finally:
+            self._held.discard(index)
             _free(layer.modules())
 
     @contextmanager
@@ -94,6 +100,8 @@ class Streamed(Residence):
             yield self.model
         finally:
             _free(modules)
+            # What was tied is one tensor without its numbers, too.
+            self.model.tie_weights()
 
     def _left_out(self, part: Outside) -> set[str]:
         inner: Any = self.model.get_input_embeddings()

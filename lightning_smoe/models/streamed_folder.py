@@ -121,7 +121,7 @@ def begin_proof(residence: Streamed, device: torch.device) -> WaitingBatch:
 
 def checksums_of(state: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of the bytes of each tensor, by name."""
-    return {k: zlib.crc32(_bytes(t).numpy()) for k, t in state.items()}
+    return {k: zlib.crc32(_bytes(t).numpy().data) for k, t in state.items()}
 
 
 def _bytes(tensor: Tensor) -> Tensor:

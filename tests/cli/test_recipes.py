@@ -92,7 +92,7 @@ def test_saliencies_disagree_and_none_is_mistaken_for_another(work: Workplace) -
 def test_some_layers_only_give_uneven_counts_that_every_verb_takes(work: Workplace) -> None:
     work.write({"model.layers": [2], "trainer.logger": True})
     told = work.done("fit")
-    assert "lightning_smoe.models.checkpoint.load('out/recovered')" in told.out
+    assert "from_pretrained('out/recovered', trust_remote_code=True)" in told.out
     assert " 6-12 " in told.out
     report = json.loads((work.out / "report.json").read_text())
     for name in ("compressed", "recovered", "prune-frequency", "prune-reap"):
@@ -105,7 +105,7 @@ def test_some_layers_only_give_uneven_counts_that_every_verb_takes(work: Workpla
     assert written.code == 0
     assert written.out.startswith("The sea")
     card = (work.out / "compressed/README.md").read_text()
-    assert "from lightning_smoe.models.checkpoint import load" in card
+    assert "The layers have different numbers of experts. The file `modeling_smoe.py`" in card
 
 
 def test_the_fraction_and_the_number_that_mean_the_same_keep_the_same(work: Workplace) -> None:

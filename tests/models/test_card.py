@@ -98,8 +98,8 @@ def test_uneven_counts_are_told_layer_by_layer_with_the_loader_they_need(source:
     card = card_of(source, UNEVEN)
     assert "* model.layers.0.mlp: 12 -> 12 experts\n" in card
     assert "* model.layers.2.mlp: 12 -> 6 experts\n" in card
-    assert "from lightning_smoe.models.checkpoint import load" in card
-    assert "AutoModelForCausalLM" not in card
+    assert "The layers have different numbers of experts." in card
+    assert "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)" in card
 
 
 def test_shared_experts_load_with_the_code_beside_them(source: Path) -> None:
