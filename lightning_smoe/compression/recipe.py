@@ -176,6 +176,13 @@ def check_router(router: RouterRepair, model: PreTrainedModel, layers: Sequence[
     """
     if router.keeps_all_rows or is_mapped(model):
         check_mappable(model)
+    apart = next((layer for layer in layers if layer.router_reads_apart), None)
+    if router.needs_tokens and apart is not None:
+        raise InputError(
+            f"{type(router).__name__} is fitted on what the experts read, and the router of "
+            f"{model.config.model_type} reads something else; set router to "
+            "lightning_smoe.functional.router_rows.Map"
+        )
     if router.needs_bias and not any(t.kind == "bias" for x in layers for t in x.router_tensors):
         raise InputError(
             f"{type(router).__name__} needs routers with a bias, which {model.config.model_type} "
