@@ -1,5 +1,6 @@
 """Fixtures of every test: a clean process, tiny models of each family, a checkpoint on disk."""
 
+import gc
 import os
 import shutil
 import signal
@@ -10,6 +11,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# What modules of the package import while jaxtyping's hook is at work, Python compiles anew in
+# every process, as the hook looks for bytecode of its own: imported before, it is read.
+import beartype.door  # noqa: F401
+import lightning.pytorch.cli  # noqa: F401
 import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -33,6 +38,13 @@ def one_thread() -> None:
     started, and tiny models are no faster on more.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collected_once() -> None:
+    """Keeps the garbage collector from walking through modules, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CORPUS = Path(__file__).parents[2] / "lightning_smoe" / "data" / "corpus"
 SPLITS = ("train", "calib", "valid", "test")
 DOMAINS = ("arith", "lit")
-CHARACTERS = 16000
+CHARACTERS = 8000
 
 
 @pytest.fixture(scope="session")

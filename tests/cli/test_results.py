@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cli.command import Workplace
-from tests.cli.test_start import PATIENCE, python
+from tests.cli.two_processes import do_in_two
 
 
 def models(work: Workplace) -> dict[str, dict[str, object]]:
@@ -55,10 +55,6 @@ def test_settings_that_would_change_the_model_unseen_are_refused(
 @pytest.mark.slow
 def test_processes_that_are_started_together_wait_for_each_other(work: Workplace) -> None:
     work.done("calibrate")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    verb = ["-m", "lightning_smoe", "compress", "--config", "experiment.yaml"]
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    with python(*launcher, *verb, *options, within=work.folder) as process:
-        _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    assert err.count("compress: wrote") == 1
+    first, second = do_in_two(work, "compress", "--trainer.strategy=ddp")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert (first.err + second.err).count("compress: wrote") == 1

@@ -5,40 +5,29 @@ import signal
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 from tests.cli.command import Workplace, hash_of
-from tests.cli.test_start import PATIENCE, running, wait_for
 from tests.cli.trainings import distance, held_out, put_aside, to_train
 from tests.cli.two_processes import SLICES, TWO, do_in_two
 from tests.training.kills import finish, start
 
-DDP = "--trainer.strategy=ddp"
 TRAINED = "--model.recovery.trainable=[router,experts]"
 SHARDED = "--model.recovery.teacher.placement=sharded"
 LORA = ("--model.recovery.trainable=[]", "--model.recovery.lora={rank: 2, learning_rate: 0.003}")
 
 
-def recovered(work: Workplace, name: str, strategy: str, *words: str) -> None:
+def recovered(work: Workplace, name: str, *words: str) -> None:
     """Trains in two processes, and puts the result aside."""
-    first, second = do_in_two(work, "fit", strategy, *words)
+    first, second = do_in_two(work, "fit", *words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.err.count("fit: wrote out/recovered") == 1
     put_aside(work, name)
 
 
-@pytest.mark.slow
-def test_two_processes_share_models_out_from_the_command_line(finished: Workplace) -> None:
-    work = to_train(finished)
-    recovered(work, "whole", DDP, TRAINED)
-    with running(work, "fit", SLICES, *TWO, TRAINED) as process:
-        _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    assert distance(work.out / "whole", work.out / "compressed") > 5e-4
-    assert distance(work.out / "whole", work.out / "recovered") < 1e-5
-    work.done("evaluate")
-    report = json.loads((work.out / "report.json").read_text())["models"]
-    assert report["recovered"]["kl"]["mean"] < report["compressed"]["kl"]["mean"]
+def kill(batch: int) -> str:
+    """The option that kills each process as a batch starts."""
+    path = "tests.training.kills.Kill"
+    return f"--trainer.callbacks=[{{class_path: {path}, init_args: {{batch: {batch}}}}}]"
 
 
 @pytest.mark.slow
@@ -64,11 +53,10 @@ def test_shared_out_or_whole_the_result_is_the_same(
 @pytest.mark.slow
 def test_a_training_in_slices_that_is_killed_goes_on(finished: Workplace) -> None:
     work = to_train(finished)
-    words = (SLICES, TRAINED, "--model.recovery.checkpoint_every=1", "--trainer.max_steps=8")
+    words = (SLICES, TRAINED, "--model.recovery.checkpoint_every=1")
     recovered(work, "whole", *words)
 
-    kill = "--trainer.callbacks=[{class_path: tests.training.kills.Kill, init_args: {batch: 5}}]"
-    first, second = do_in_two(work, "fit", *words, kill)
+    first, second = do_in_two(work, "fit", *words, kill(batch=3))
     assert (first.code, second.code) == (-signal.SIGKILL, -signal.SIGKILL)
     assert not (work.out / "recovered").exists()
     told = do_in_two(work, "fit", *words)[0]
@@ -76,6 +64,8 @@ def test_a_training_in_slices_that_is_killed_goes_on(finished: Workplace) -> Non
     assert "training goes on from out/training/last.ckpt" in told.err
     paths = [work.out / name / "model.safetensors" for name in ("whole", "recovered")]
     assert hash_of(paths[0]) == hash_of(paths[1])
+    report = json.loads((work.out / "report.json").read_text())["models"]
+    assert report["recovered"]["kl"]["mean"] < report["compressed"]["kl"]["mean"]
 
 
 def refused(work: Workplace, match: str, verb: str, *words: str) -> None:
@@ -90,7 +80,7 @@ def refused(work: Workplace, match: str, verb: str, *words: str) -> None:
 @pytest.mark.slow
 def test_what_slices_cannot_do_is_refused(work: Workplace, finished: Workplace) -> None:
     refused(work, r"no out/compressed, .*run compress first", "fit")
-    for verb in ("calibrate", "plan", "compress", "evaluate"):
+    for verb in ("compress", "evaluate"):
         match = r"strategy=ModelParallelStrategy shares out single weights, .* use ddp"
         refused(work, match, verb)
     prefix = "--trainer.strategy.init_args."
@@ -112,25 +102,21 @@ def test_steps_before_training_are_not_run_in_slices(finished: Workplace) -> Non
     assert "model.overwrite would make out/compressed anew" in first.err
 
 
-@pytest.mark.slow
 def test_a_program_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(
     finished: Workplace,
 ) -> None:
     work = to_train(finished)
-    words = [TRAINED, "--trainer.max_steps=120", "--trainer.val_check_interval=20"]
-    words += ["--model.recovery.checkpoint_every=3", "--trainer.accumulate_grad_batches=2"]
+    words = [TRAINED, "--trainer.max_steps=6", "--trainer.val_check_interval=4"]
+    words += ["--model.recovery.checkpoint_every=1", "--trainer.accumulate_grad_batches=2"]
     work.done("fit", *words)
     curve = held_out(work)
     whole = put_aside(work, "whole")
-    last = work.out / "training/last.ckpt"
-    with running(work, "fit", *words) as process:
-        wait_for(process, last.exists)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=PATIENCE)
-    assert process.returncode == -signal.SIGKILL
-    assert torch.load(last, weights_only=True)["global_step"] < 110
-    with running(work, "fit", *words) as process:
-        _, told = process.communicate(timeout=PATIENCE)
+    # Within a step, and behind a validation.
+    killed = finish([start(lambda: work.done("fit", *words, kill(batch=7)))])
+    assert killed == [-signal.SIGKILL]
+    assert not (work.out / "recovered").exists()
+    told = work.done("fit", *words).err
+    assert "compress: out/compressed is there already" in told
     assert "training goes on from out/training/last.ckpt" in told
     name = "model.safetensors"
     assert hash_of(work.out / "recovered" / name) == hash_of(whole / name)

@@ -1,6 +1,7 @@
 """The program as a process of its own: how it starts, and how it ends when it is stopped."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import torch
 
 import lightning_smoe
 from tests.cli.command import Workplace, snapshot
+from tests.cli.trainings import to_train
+from tests.training.kills import finish, start
 
 ROOT = Path(__file__).parents[2]
 # The package makes its model types known to transformers, which needs no model and no training.
@@ -33,24 +36,20 @@ def python(*words: str, within: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_importing_the_package_imports_nothing_heavy_and_the_program_runs_from_any_folder(
+    tmp_path: Path,
+) -> None:
     code = (
-        "import sys, lightning_smoe\n"
+        "import runpy, sys, lightning_smoe\n"
         f"found = [name for name in {HEAVY} if name in sys.modules]\n"
         "models = [n for n in sys.modules if '.modeling_' in n and 'transformers.models.' in n]\n"
-        "print(found + [n for n in models if '.auto.' not in n])"
+        "print(found + [n for n in models if '.auto.' not in n])\n"
+        "runpy.run_module('lightning_smoe', run_name='__main__', alter_sys=True)"
     )
-    with python("-c", code, within=tmp_path) as process:
-        out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out, err) == (0, "[]\n", "")
-
-
-@pytest.mark.slow
-def test_the_program_runs_from_any_folder(tmp_path: Path) -> None:
-    with python("-m", "lightning_smoe", "--help", within=tmp_path) as process:
+    with python("-c", code, "--help", within=tmp_path) as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
-    assert "usage: lightning_smoe [-c CONFIG]" in out
+    assert out.startswith("[]\nusage: lightning_smoe [-c CONFIG]")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,12 +76,21 @@ def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> No
         time.sleep(0.02)
 
 
-@pytest.fixture
-def trained_work(work: Workplace) -> Workplace:
-    """The experiment on the shipped model, whose compression takes seconds."""
-    model = ROOT / "checkpoints" / "qwen2moe-tiny-8dom"
-    work.write({"model.checkpoint": str(model), "model.keep": 30})
-    return work
+class Stop(logging.Handler):
+    """Sends its own process a signal as soon as the first layer is compressed.
+
+    Args:
+        sign: The signal.
+    """
+
+    def __init__(self, sign: signal.Signals) -> None:
+        super().__init__()
+        self._sign = sign
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Waits for that layer's line."""
+        if record.getMessage().startswith("compress: layer 0"):
+            os.kill(os.getpid(), self._sign)
 
 
 def partial_results(work: Workplace) -> list[str]:
@@ -92,35 +100,36 @@ def partial_results(work: Workplace) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_compression_that_is_stopped_leaves_nothing_half_and_can_be_run_again(
-    sign: signal.Signals, trained_work: Workplace
+    sign: signal.Signals, work: Workplace
 ) -> None:
-    work = trained_work
-    with running(work, "compress") as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("compress: layer 0"):
-                break
-        process.send_signal(sign)
-        out, err = process.communicate(timeout=PATIENCE)
-    check_end(process.returncode, sign, out, err)
+    told = work.folder / "told"
+
+    def stopped() -> None:
+        logging.getLogger("lightning_smoe.compression").addHandler(Stop(sign))
+        outcome = work.do("compress")
+        told.write_text(outcome.err)
+        os._exit(outcome.code)
+
+    (code,) = finish([start(stopped)])
+    check_end(code, sign, told.read_text() if told.exists() else "")
     assert not (work.out / "compressed").exists()
     if sign != signal.SIGKILL:
         assert partial_results(work) == []
-    told = work.done("compress").err
+    again = work.done("compress").err
     for step, result in (("calibrate", "statistics.safetensors"), ("plan", "plan.json")):
-        assert f"{step}: out/{result} is there already" in told
+        assert f"{step}: out/{result} is there already" in again
     assert partial_results(work) == []
-    assert work.run("inspect", "out/compressed").out.count(": 30 experts") == 4
+    assert work.run("inspect", "out/compressed").out.count(": 6 experts") == 2
 
 
-def check_end(code: int, sign: signal.Signals, out: str, err: str) -> None:
+def check_end(code: int | None, sign: signal.Signals, err: str) -> None:
     """Checks how a stopped process ended and what it said."""
     if sign != signal.SIGKILL:
         assert code == 130, err
         assert err.splitlines()[-1].startswith("error: interrupted; the same command goes on")
         assert "Traceback" not in err
     else:
-        assert code == -signal.SIGKILL, (out, err)
+        assert code == -signal.SIGKILL, err
 
 
 @pytest.mark.slow
@@ -144,16 +153,14 @@ def test_two_processes_write_what_one_writes(work: Workplace, finished_once: Wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_training_that_is_stopped_can_be_continued_or_run_again(
-    sign: signal.Signals, work: Workplace
-) -> None:
+def test_a_training_that_is_stopped_can_be_continued(finished: Workplace) -> None:
+    work = to_train(finished)
     last = work.out / "training/last.ckpt"
     with running(work, "fit", "--trainer.max_steps=100000") as process:
         wait_for(process, last.exists)
-        process.send_signal(sign)
-        out, err = process.communicate(timeout=PATIENCE)
-    check_end(process.returncode, sign, out, err)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE)
+    check_end(process.returncode, signal.SIGTERM, err)
     assert not (work.out / "recovered").exists()
     step = torch.load(last, weights_only=True)["global_step"]
     assert step >= 2

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 from tests.cli.command import Outcome, Workplace
 from tests.training.kills import finish, start
@@ -15,17 +17,21 @@ TWO = ("--trainer.devices=2", "--data.batch_size=2")
 
 
 def do_in_two(work: Workplace, verb: str, *words: str) -> list[Outcome]:
-    """Runs a verb in two processes, as torchrun would start them.
+    """Runs a verb on the experiment file in two processes, with further options."""
+    return in_two(work.folder, lambda: work.do(verb, *TWO, *words))
+
+
+def in_two(folder: Path, command: Callable[[], Outcome]) -> list[Outcome]:
+    """Runs a command in two processes, as torchrun would start them.
 
     Args:
-        work: The experiment.
-        verb: The verb.
-        words: Further options.
+        folder: Where what they told is left.
+        command: The command; none comes to an outcome that is killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = [work.folder / f"told{rank}" for rank in range(2)]
+    told = [folder / f"told{rank}" for rank in range(2)]
 
     def one(rank: int) -> None:
         names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2}
@@ -33,7 +39,7 @@ def do_in_two(work: Workplace, verb: str, *words: str) -> list[Outcome]:
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test")
         told[rank].unlink(missing_ok=True)
-        outcome = work.do(verb, *TWO, *words)
+        outcome = command()
         told[rank].write_text(outcome.err)
         os._exit(outcome.code)
 
