@@ -41,6 +41,8 @@ KEPT = 8
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 # Sizes of tensors with an expert axis; Inkling's router has rows for two shared experts, too.
 COUNTED = {NUM_EXPERTS: KEPT, NUM_EXPERTS + 2: KEPT + 2}
+# Sums over experts and softmax run in another order; logits are of order 0.1.
+ROUNDING = 1e-5
 # What scripts/families.py reads of a test that is passed by a refusal.
 REFUSED_WAY = "refused"
 WAYS: dict[str, RouterRepair] = {"prune": Slice(), "lse": LogSumExp(), "map": Map()}
@@ -152,6 +154,23 @@ def test_a_family_is_compressed_saved_and_laid_out_as_its_original(
     assert found == expected_layout(original, way)
     assert {layer.num_experts for layer in layers} == {KEPT}
     assert list(maps.values()) == [("I64", [NUM_EXPERTS])] * (len(layers) if way == "map" else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shares", [False, True], ids=["rows follow", "map"])
+def test_the_order_of_experts_means_nothing_if_their_rows_or_the_map_follow(
+    shares: bool, original: Original, tokens: Tensor
+) -> None:
+    model = copy.deepcopy(original.model)
+    before = model(tokens).logits
+    for layer in find_moe_layers(model):
+        within = torch.arange(NUM_EXPERTS).view(layer.num_router_groups, -1)
+        order = within.flip(1).roll(1, 1).flatten()
+        if shares:
+            layer.share(layer.weights().select(order), order.argsort())
+        else:
+            layer.select(order)
+    torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=ROUNDING)
 
 
 def names_a_count(config_class: Any) -> bool:

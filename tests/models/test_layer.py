@@ -14,20 +14,13 @@ from tests.families import NUM_EXPERTS
 from tests.models.pruning import last_experts, prune, unchanged_rows
 from tests.weights import parts
 
-# Decoder layers that have experts; the others of qwen, deepseek, glm4 and ernie are dense.
+# Decoder layers that have experts; the others of qwen2, deepseek and ernie are dense.
 MOE_LAYERS = {
     "qwen2_moe": [0, 2],
-    "qwen3_moe": [0, 2],
-    "mixtral": [0, 1],
-    "olmoe": [0, 1],
-    "deepseek_v2": [1, 2],
     "deepseek_v3": [1, 2],
-    "glm4_moe": [1, 2],
     "gpt_oss": [0, 1],
     "granitemoe": [0, 1],
     "ernie4_5_moe": [1, 2],
-    "phimoe": [0, 1],
-    "minimax_m2": [0, 1],
 }
 # Sums over experts and softmax run in another order; logits are of order one.
 ROUNDING = 1e-5
@@ -46,7 +39,7 @@ def test_it_finds_every_layer_with_experts_and_no_dense_one(
 def test_its_sizes_are_those_of_the_configuration(family: str, tiny_moe: PreTrainedModel) -> None:
     layer = find_moe_layers(tiny_moe)[0]
     assert layer.num_experts == NUM_EXPERTS
-    assert layer.top_k == (2 if family in {"mixtral", "phimoe"} else 4)
+    assert layer.top_k == 4
     assert (layer.hidden_size, layer.intermediate_size) == (32, 24)
     assert layer.num_router_groups == (2 if family == "deepseek_v3" else 1)
 

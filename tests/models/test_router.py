@@ -1,20 +1,19 @@
 """The tensors of a router that have an expert axis."""
 
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_smoe.models.layer import find_moe_layers
 from lightning_smoe.models.router import RouterTensor, assign, find_router_tensors
-from tests.families import NUM_EXPERTS, build
+from tests.families import ALL_FAMILIES, NUM_EXPERTS, build
 
 # What a router has beside its weight.
 BESIDE_THE_WEIGHT = {
     "gpt_oss": ["bias"],
     "deepseek_v3": ["selection"],
-    "glm4_moe": ["selection"],
     "ernie4_5_moe": ["selection"],
-    "minimax_m2": ["selection"],
 }
 
 
@@ -34,6 +33,46 @@ def test_a_selection_bias_that_the_block_holds_is_found() -> None:
     model = build("minimax_m2")
     block = find_moe_layers(model)[0].block
     assert tensors_of(model)[1].owner is block
+
+
+def test_rows_of_shared_experts_stay_behind_those_of_routed_ones() -> None:
+    weight = tensors_of(build("inkling_text"))[0]
+    stored: Tensor = getattr(weight.owner, weight.attribute).clone()
+    assert weight.rows.shape[0] == NUM_EXPERTS
+    weight.set(weight.rows[:8])
+    after: Tensor = getattr(weight.owner, weight.attribute)
+    assert torch.equal(after, torch.cat([stored[:8], stored[NUM_EXPERTS:]]))
+
+
+def test_the_router_is_what_multiplies_states_with_its_rows(tokens: Tensor) -> None:
+    model = build("gemma4_text")
+    layer = find_moe_layers(model)[0]
+    seen: list[tuple[Tensor, Tensor]] = []
+    layer.router.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    model(tokens)
+    states, logits = seen[0]
+    weight = next(tensor for tensor in layer.router_tensors if tensor.kind == "weight")
+    torch.testing.assert_close(states @ weight.rows.T, logits)
+    assert layer.router_logits(logits).shape == (tokens.numel(), NUM_EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "apart"), [("gemma4_text", True), ("nemotron_h", False), ("gpt_oss", False)]
+)
+def test_a_router_that_reads_what_its_experts_do_not_is_told(family: str, apart: bool) -> None:
+    assert find_moe_layers(build(family))[0].router_reads_apart is apart
+
+
+def test_experts_in_a_space_of_their_own_read_apart_from_the_router() -> None:
+    config = ALL_FAMILIES["nemotron_h"]()
+    config.moe_latent_size = 16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert find_moe_layers(model)[0].router_reads_apart
+
+
+def test_the_number_of_selected_experts_may_stand_in_the_configuration_alone() -> None:
+    assert find_moe_layers(build("gemma4_text"))[0].top_k == 4
 
 
 def test_rows_put_back_change_nothing(tiny_moe: PreTrainedModel) -> None:
