@@ -8,10 +8,14 @@
     python scripts/bench.py peers --environment venv_llmc --rounds 1
     python scripts/bench.py floor --rounds 3
     python scripts/bench.py growth --rounds 1
+    python scripts/bench.py stream --checkpoint /tmp/qwen --recipe stock
 
 `peers` needs a second environment with llm-compressor: `python -m venv venv_llmc`, then
 `venv_llmc/bin/pip install llmcompressor==0.14.0.1`. Each of its candidates, and each size of
 `growth`, runs in a process of its own on one thread; the start of the process does not count.
+
+`stream` needs a checkpoint, such as `scripts/make_checkpoint.py qwen1.5-moe-a2.7b /tmp/qwen`
+writes, and half as much room beside it: each step runs in a process of its own, whose start counts.
 
 The unit is CPU-seconds of this process (all threads), the median over rounds in which the
 candidates take turns.
@@ -31,6 +35,7 @@ import bench_floor
 import bench_growth
 import bench_peers
 import bench_recovery
+import bench_stream
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -168,6 +173,11 @@ def calibrate(model: PreTrainedModel, data: TextDataModule) -> None:
     trainer.predict(CalibrationModule(model), datamodule=data, return_predictions=False)
 
 
+def stream(checkpoint: Path, recipe: str) -> None:
+    """Prints what each step on a checkpoint larger than memory costs, on 2048 tokens."""
+    Console().print(bench_stream.table(bench_stream.run(checkpoint, recipe, 2048, keep=30)))
+
+
 def measure(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Times every candidate in turn; the first round warms up and does not count."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -201,14 +211,19 @@ def main() -> None:
         "peers": lambda rounds: bench_peers.peers(options.environment, rounds),
         "floor": floor,
         "growth": bench_growth.growth,
+        "stream": lambda _: stream(options.checkpoint, options.recipe),
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=list(benchmarks))
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, at least 1")
     parser.add_argument("--environment", type=Path, help="of llm-compressor, for peers")
+    parser.add_argument("--checkpoint", type=Path, help="to compress 60 -> 30, for stream")
+    parser.add_argument("--recipe", default="default", help="of configs/recipe, for stream")
     options = parser.parse_args()
     if options.benchmark == "peers" and options.environment is None:
         parser.error("peers needs --environment, a virtual environment with llm-compressor")
+    if options.benchmark == "stream" and options.checkpoint is None:
+        parser.error("stream needs --checkpoint, a folder with 60 experts a layer")
     warnings.filterwarnings(
         "ignore",
         ".*does not have many workers.*|.*LeafSpec.*|.*in eval mode.*|.*exists and is not.*",
