@@ -173,16 +173,20 @@ def _matching(
 def _reordered(
     members: ExpertWeights, order: Int64[Tensor, "members intermediate"]
 ) -> ExpertWeights:
-    def along_rows(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.take_along_dim(order if tensor.ndim == 2 else order.unsqueeze(2), dim=1)
+    # A member at a time: rows are copied whole, where an index over all members takes each number
+    # by itself.
+    def reordered(tensor: Tensor, axis: int = 0) -> Tensor:
+        pairs = zip(tensor, order, strict=True)
+        return torch.stack([one.index_select(axis, places) for one, places in pairs])
+
+    def where_there(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else reordered(tensor)
 
     return ExpertWeights(
-        up_proj=members.up_proj.take_along_dim(order.unsqueeze(2), dim=1),
-        down_proj=members.down_proj.take_along_dim(order.unsqueeze(1), dim=2),
-        gate_proj=along_rows(members.gate_proj),
-        gate_bias=along_rows(members.gate_bias),
-        up_bias=along_rows(members.up_bias),
+        up_proj=reordered(members.up_proj),
+        down_proj=reordered(members.down_proj, axis=1),
+        gate_proj=where_there(members.gate_proj),
+        gate_bias=where_there(members.gate_bias),
+        up_bias=where_there(members.up_bias),
         down_bias=members.down_bias,
     )
