@@ -114,7 +114,7 @@ def floor(rounds: int) -> None:
     text: dict[str, Any] = bench_peers.text_of(bench_peers.TOKENS)
     with tempfile.TemporaryDirectory() as name:
         folder = bench_peers.write_model(Path(name) / "model", layers=8, experts=128)
-        data, model = TextDataModule(tokenizer=folder, **text), load(folder)
+        data, model = TextDataModule(tokenizer=CHECKPOINT, **text), load(folder)
     data.windows("calib")
     sizes = {"width": bench_floor.WIDTH, "hidden": bench_floor.HIDDEN}
     evidence = random_evidence(bench_floor.EXPERTS, num_tokens=bench_floor.TOKENS, **sizes)
