@@ -60,6 +60,8 @@ class SMoETrainer(FolderVerbs, Trainer):
         else:
             launcher.launch(self.strategy.setup_environment, trainer=self)
         try:
+            # Free memory changes from moment to moment, and all processes must decide alike.
+            work.streams = self.strategy.broadcast(work.streams)
             with locked(work.folder) if self.is_global_zero else nullcontext():
                 yield work
         except BaseException:
