@@ -23,7 +23,7 @@ from lightning_smoe.recipe_files import find_recipe
 from lightning_smoe.show import StepBar, set_up_screen
 from lightning_smoe.trainer import SMoETrainer
 from lightning_smoe.training.checkpoint_io import AtomicCheckpointIO
-from lightning_smoe.words import spelled_out
+from lightning_smoe.words import check_kinds, spelled_out
 
 # Verb -> method of the trainer, and whether it works on an experiment or looks at a folder.
 _VERBS = {
@@ -176,12 +176,14 @@ class SMoECLI(LightningCLI):
         Raises:
             InputError: One of them refuses a setting.
         """
+        verb = str(self.subcommand)
+        check_kinds(self.config[verb], self._parser(verb)._actions)
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
             self.datamodule = self._get(self.config_init, "data")
             self.model = self._get(self.config_init, "model")
             self.trainer = self.instantiate_trainer()
-        except (ValueError, MisconfigurationException) as error:
+        except (TypeError, ValueError, MisconfigurationException) as error:
             raise InputError(str(error)) from error
 
     def _run_subcommand(self, subcommand: str) -> None:

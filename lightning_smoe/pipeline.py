@@ -21,6 +21,7 @@ from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.isolation import check_residence_isolates
 from lightning_smoe.models.streamed import Streamed
+from lightning_smoe.models.trial_run import check_runs
 from lightning_smoe.results import plan_steps, save_result, stream_result, stream_statistics
 from lightning_smoe.workspace import Workspace, found_manifest
 
@@ -34,6 +35,7 @@ def calibrate(trainer: Trainer, work: Workspace) -> None:
         if not needed:
             return
         residence = work.residence()
+        check_runs(residence)
         if work.data.windows("calib").isolated:
             check_residence_isolates(residence)
         if residence.streams:

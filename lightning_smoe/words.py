@@ -1,6 +1,11 @@
 """The command line as a person types it: lists without brackets, folders without an option."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from jsonargparse import Namespace
+
+from lightning_smoe.errors import InputError
 
 # What the words right behind a verb are, before the first option.
 POSITIONAL = {"compare": "runs"} | dict.fromkeys(
@@ -51,3 +56,25 @@ def _as_list(option: str, values: list[str]) -> list[str]:
     if len(values) == 1 and (values[0].startswith("[") or values[0] in ("", "null")):
         return [f"{option}={values[0]}"]
     return [f"{option}=[]", *(f"{option}+={value}" for value in values)]
+
+
+def check_kinds(settings: Mapping[str, Any] | Namespace, options: Iterable[Any]) -> None:
+    """Refuses what a file may say and jsonargparse lets through: no group, or no value.
+
+    Args:
+        settings: What was asked of a verb.
+        options: The verb's options, as argparse has them.
+
+    Raises:
+        InputError: A group of settings is something else, or an option that needs a value is null.
+    """
+    for name in ("model", "data", "trainer"):
+        if not isinstance(settings.get(name, {}), dict | Namespace):
+            raise InputError(
+                f"{name} is {settings.get(name)!r}, not settings with names; write them below it"
+            )
+    for option in options:
+        kind = getattr(option, "_typehint", None)
+        is_optional = option.default is None or type(None) in get_args(kind)
+        if not is_optional and settings.get(option.dest, option.default) is None:
+            raise InputError(f"{option.dest} is null; leave it out, or give it a value")

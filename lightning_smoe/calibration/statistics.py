@@ -220,7 +220,7 @@ def _read_stored(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             return dict(stored)
-    except (RecursionError, SafetensorError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and calibrate again") from error
 
 

@@ -31,6 +31,16 @@ _STRATEGIES = {
 }
 _REFITS = "refits"
 _HASH = "sha256"
+# What reading a plan raises where the file holds something else.
+_NO_PLAN = (
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 _KEYS = {"schema", "model", "layers", "manifest", _REFITS, *_STRATEGIES}
 
 
@@ -133,7 +143,7 @@ class CompressionPlan:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return _read(stored, path.with_suffix(".safetensors"))
-        except (KeyError, SafetensorError, TypeError, ValueError) as error:
+        except _NO_PLAN as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -175,6 +185,9 @@ def _read(stored: dict[str, Any], beside: Path) -> CompressionPlan:
     unknown = stored.keys() - _KEYS
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}")
+    texts = [stored.get("model", ""), *(layer["name"] for layer in stored["layers"])]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("model and the names of layers must be text")
     weights = {name: shares.double() for name, shares in _read_shares(beside).items()}
     layers = tuple(
         LayerPlan(
