@@ -73,6 +73,17 @@ def finished(finished_once: "Workplace", tmp_path: Path) -> "Workplace":
     return type(finished_once)(tmp_path / "finished")
 
 
+@pytest.fixture
+def untrained(finished: "Workplace") -> "Workplace":
+    """The finished experiment with its training and its report taken away."""
+    shutil.rmtree(finished.folder / "logs")
+    for name in ("recovered", "training"):
+        shutil.rmtree(finished.out / name)
+    for name in ("report.json", "report.md"):
+        (finished.out / name).unlink()
+    return finished
+
+
 @pytest.fixture(scope="session")
 def dense(text: Path, built_checkpoint: Callable[[str], Path]) -> Path:
     """A checkpoint without experts, not to be changed by tests."""

@@ -18,21 +18,26 @@ from transformers import PreTrainedModel
 from lightning_smoe.pipeline import save_result
 from tests.cli.command import Workplace, check_refusal, snapshot
 
+# No models beside the results, which have tests of their own.
+BARE = "--model.baselines=false"
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_an_early_student_is_kept_where_later_ones_are_worse(work: Workplace) -> None:
+def test_an_early_student_is_kept_where_later_ones_are_worse(untrained: Workplace) -> None:
+    work = untrained
     # The steps grow and grow: the first help, the last hurt.
     work.done(
         "fit",
         "--model.recovery.trainable=[router,experts]",
         "--model.recovery.learning_rate=0.03",
         "--model.recovery.warmup_steps=30",
-        "--trainer.max_steps=7",
+        "--trainer.max_steps=12",
         "--trainer.val_check_interval=1",
         "--trainer.logger=true",
+        BARE,
     )
     events = EventAccumulator(str(work.folder / "logs/out/version_0")).Reload()
     start, *validated = [event.value for event in events.Scalars("valid/kl")]
@@ -46,10 +51,11 @@ def test_an_early_student_is_kept_where_later_ones_are_worse(work: Workplace) ->
     torch.testing.assert_close(kept, checkpoint["state_dict"][f"student.{name}"], rtol=0, atol=0)
 
 
-def test_training_that_makes_it_worse_keeps_the_compressed_weights(work: Workplace) -> None:
+def test_training_that_makes_it_worse_keeps_the_compressed_weights(untrained: Workplace) -> None:
+    work = untrained
     # So much worse that the perplexity is beyond the largest number.
     words = ["--model.recovery.trainable=[all]", "--model.recovery.learning_rate=100"]
-    told = work.done("fit", *words).err
+    told = work.done("fit", BARE, *words).err
     assert "training did not lower the validation KL" in told
     assert "recovered/ holds the compressed model as it was" in told
     for name, tensor in weights(work.out / "compressed").items():
@@ -61,7 +67,8 @@ def test_training_that_makes_it_worse_keeps_the_compressed_weights(work: Workpla
     assert models["recovered"]["kl"] == models["compressed"]["kl"]
 
 
-def test_a_loss_that_is_no_number_ends_with_one_message(work: Workplace) -> None:
+def test_a_loss_that_is_no_number_ends_with_one_message(untrained: Workplace) -> None:
+    work = untrained
     outcome = work.do(
         "fit", "--model.recovery.trainable=[all]", "--model.recovery.learning_rate=1e30"
     )
@@ -72,18 +79,19 @@ def test_a_loss_that_is_no_number_ends_with_one_message(work: Workplace) -> None
 
 
 @pytest.mark.slow
-def test_a_longer_training_continues_from_the_last_checkpoint(work: Workplace) -> None:
-    told = work.done("fit", "--ckpt_path=last").err
+def test_a_longer_training_continues_from_the_last_checkpoint(untrained: Workplace) -> None:
+    work = untrained
+    told = work.done("fit", BARE, "--ckpt_path=last").err
     assert "there is no out/training/last.ckpt to continue" in told
     last = work.out / "training/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
     before = snapshot(work.out / "recovered")
     shutil.rmtree(work.out / "recovered")
-    assert "training goes on from out/training/last.ckpt" in work.done("fit").err
+    assert "training goes on from out/training/last.ckpt" in work.done("fit", BARE).err
     assert snapshot(work.out / "recovered") == before
     match = r"recovered holds the result of another run \(different: trainer\)"
-    check_refusal(work.do("fit", "--trainer.max_steps=6"), match)
-    work.done("fit", "--trainer.max_steps=6", "--ckpt_path=last")
+    check_refusal(work.do("fit", BARE, "--trainer.max_steps=6"), match)
+    work.done("fit", BARE, "--trainer.max_steps=6", "--ckpt_path=last")
     assert torch.load(last, weights_only=True)["global_step"] == 6
     assert "forward_kl, 6 steps" in (work.out / "recovered/README.md").read_text()
 
@@ -128,7 +136,7 @@ def test_a_part_that_is_not_there_is_refused_before_any_work(
 def test_weights_in_bfloat16_are_trained_in_mixed_precision_only(work: Workplace) -> None:
     work.write({"model.dtype": "bfloat16"})
     work.refused(r"trained parts are held in float32; set trainer\.precision to bf16-mixed", "fit")
-    work.done("fit", "--trainer.precision=bf16-mixed")
+    work.done("fit", "--trainer.precision=bf16-mixed", BARE)
     models = json.loads((work.out / "report.json").read_text())["models"]
     assert models["recovered"]["kl"]["mean"] <= 1.5 * models["compressed"]["kl"]["mean"]
     stored = weights(work.out / "recovered")
@@ -146,7 +154,7 @@ def in_memory() -> int:
 
 
 def test_student_teacher_and_optimizer_are_let_go_before_results_are_written(
-    work: Workplace, monkeypatch: pytest.MonkeyPatch
+    untrained: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
 
@@ -157,7 +165,7 @@ def test_student_teacher_and_optimizer_are_let_go_before_results_are_written(
 
     monkeypatch.setattr("lightning_smoe.recover.save_result", look)
     before = in_memory()
-    work.done("fit")
+    untrained.done("fit", BARE)
     # A model and its base, which is one too; what other tests left may have gone.
     assert alive[0] <= before + 2
 
