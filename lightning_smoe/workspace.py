@@ -1,6 +1,5 @@
 """An experiment checked against what is there, with the places and origins of its results."""
 
-import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from lightning_smoe.models.checkpoint import load, outline
 from lightning_smoe.models.description import counted_config
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.layer import MoELayer, find_moe_layers
-from lightning_smoe.models.memory import available_memory
 from lightning_smoe.models.residence import InMemory, Residence
+from lightning_smoe.models.room import lacks_room
 from lightning_smoe.models.stored import stored_type
 from lightning_smoe.models.streamed import Streamed
-
-logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
@@ -118,17 +115,8 @@ class Workspace:
         """Whether one decoder layer at a time is in memory, rather than the whole model."""
         if self.experiment.stream != "auto":
             return self.experiment.stream
-        # Twice: what is written is read back, and what is judged stands beside the original.
-        needed = 2 * self._num_parameters * self.dtype.itemsize
-        places = {(_CPU, self._num_local_processes), (self._device, 1)}
-        rooms = [(available_memory(device), count) for device, count in places]
-        short = [room for room, count in rooms if room is not None and room < needed * count]
-        if short:
-            logger.info(
-                "model.stream: two models take %.1f GB and there are %.1f GB, so one decoder layer "
-                "at a time is read from the checkpoint", needed / 1e9, min(short) / 1e9,
-            )  # fmt: skip
-        return bool(short)
+        size = self._num_parameters * self.dtype.itemsize
+        return lacks_room(size, self._device, self._num_local_processes)
 
     def residence(self, folder: CheckpointFolder | None = None) -> Residence:
         """A model of which as much is in memory as fits.

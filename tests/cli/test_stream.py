@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_smoe import workspace
+from lightning_smoe.models import room
 from tests.cli.command import Workplace
 from tests.cli.two_processes import do_in_two
 
@@ -45,7 +45,7 @@ def test_every_result_is_the_same_however_the_model_is_held(work: Workplace) -> 
 def test_a_model_without_room_is_streamed_and_the_log_says_so(
     work: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "available_memory", lambda _device: 1000)
+    monkeypatch.setattr(room, "available_memory", lambda _device: 1000)
     told = work.done("calibrate").err
     assert "model.stream: two models take" in told
     assert "calibrate: decoder layer 2; 3 of 3" in told
