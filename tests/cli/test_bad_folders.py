@@ -2,8 +2,8 @@
 
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from lightning_smoe.models.artifact import locked
 from tests.cli.command import Workplace, check_refusal, snapshot
+from tests.training.kills import start
 
 MEGABYTE = 1 << 20
 
@@ -84,27 +85,19 @@ def test_a_folder_that_this_process_holds_is_refused(work: Workplace) -> None:
     work.done("plan")
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from lightning_smoe.models.artifact import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
 def test_a_folder_that_another_process_holds_is_free_when_that_is_killed(work: Workplace) -> None:
-    root = str(Path(__file__).parents[2])
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(work.out)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": root},
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        work.refused(r"another run is writing to out", "plan")
-        holder.kill()
+    reader, writer = os.pipe()
+
+    def hold() -> None:
+        with locked(work.out):
+            os.write(writer, b"held")
+            signal.pause()
+
+    holder = start(hold)
+    assert os.read(reader, 4) == b"held"
+    work.refused(r"another run is writing to out", "plan")
+    holder.kill()
+    holder.join()
     work.done("plan")
 
 
