@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_smoe.compression.apply import apply_layer, finish
+from lightning_smoe.compression.dual_refit import refit_by_tokens
 from lightning_smoe.compression.layer_plan import LayerPlan
 from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.record import (
@@ -43,7 +44,7 @@ from lightning_smoe.models.walk import WaitingBatch, embed, run_layer
 
 logger = logging.getLogger(__name__)
 
-# Features of one system of equations: the products of 8,192 features take 0.5 GB.
+# Features, or tokens, of one system of equations: the products of 8,192 take 0.5 GB.
 _MOST_FEATURES = 8192
 
 
@@ -249,7 +250,12 @@ class CompressionModule(LightningModule):
                 target = output_wanted(teacher.states[mask], states[mask], block.output, factor)
             held_out = batch.held_out[:, None].expand_as(batch.is_token)[batch.is_token]
             records.append(RefitRecord(block, target - bias_output(layer, block), held_out))
-        fit = refit_jointly if before.shape[1] <= _MOST_FEATURES else refit_by_sweeps
+        num_tokens = sum(len(record.target) for record in records)
+        fit = refit_by_sweeps
+        if before.shape[1] <= _MOST_FEATURES:
+            fit = refit_jointly
+        elif num_tokens <= _MOST_FEATURES and self.trainer.world_size == 1:
+            fit = refit_by_tokens
         after, outcome = fit(layer, records, before, refit, reduce=self._sum_over_processes)
         if outcome.applied:
             set_output_weights(layer, after)

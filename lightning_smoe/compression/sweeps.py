@@ -93,7 +93,7 @@ class _Sweep:
         self._layer, self._records, self._reduce = layer, records, reduce
         self._targets = [record.target for record in records]
         self._residuals = [target.float().clone() for target in self._targets]
-        self._columns = _columns(layer, start)
+        self._columns = columns_of(layer, start)
         for number, place in enumerate(self._columns):
             self._subtract(self._active(number), start[:, place])
 
@@ -181,7 +181,7 @@ class _Sweep:
         return self._reduce(torch.stack(parts).sum())
 
 
-def _columns(layer: MoELayer, start: Float[Tensor, "hidden features"]) -> list[slice]:
+def columns_of(layer: MoELayer, start: Float[Tensor, "hidden features"]) -> list[slice]:
     """The columns of every expert, and of the shared expert where there is one."""
     width = layer.intermediate_size
     columns = [slice(e * width, (e + 1) * width) for e in range(layer.num_experts)]

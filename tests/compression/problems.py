@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_smoe.calibration.observer import RoutedTokens
+from lightning_smoe.compression.dual_refit import refit_by_tokens
 from lightning_smoe.compression.record import (
     BlockRecord,
     bias_output,
@@ -17,7 +18,11 @@ from lightning_smoe.models.layer import MoELayer
 from tests.compression.plans import blocks_of
 from tests.families import build
 
-FITTERS = {"jointly": refit_jointly, "by sweeps": refit_by_sweeps}
+FITTERS = {
+    "jointly": refit_jointly,
+    "by sweeps": refit_by_sweeps,
+    "by tokens": refit_by_tokens,
+}
 
 
 def same(tensor: Tensor) -> Tensor:
