@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.carry_out import carry_out
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.planner import make_plan
 from lightning_smoe.compression.recipe import Recipe, check_router
-from lightning_smoe.compression.strategy import to_spec
 from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.errors import InputError
 from lightning_smoe.evaluation.report import (
@@ -35,6 +36,7 @@ from lightning_smoe.models.checkpoint import outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.progress import parts_of
 from lightning_smoe.models.residence import Residence
 from lightning_smoe.models.streamed import Streamed
 from lightning_smoe.pipeline import calibrate, read_seconds
@@ -195,38 +197,64 @@ def _others_at_this_size(trainer: Trainer, work: Workspace) -> Iterator[tuple[st
     plans = work.read_plan().by_name()
     counts = {name: len(plan.groups) for name, plan in plans.items()}
     for name, recipe in recipes.items():
-        with TemporaryDirectory(dir=work.folder, prefix=f".{name}.") as folder:
-            try:
-                residence = _compressed(trainer, work, recipe, counts, path=Path(folder) / name)
-            except ValueError as error:  # Such as fewer experts than a router of one row selects.
-                logger.warning("evaluate: %s is left out: %s", name, error)
-                continue
-            yield name, residence
+        residence = work.residence()
+        try:
+            plan = _plan(trainer, work, residence, recipe, counts=counts)
+        except ValueError as error:  # Such as fewer experts than a router of one row each selects.
+            logger.warning("evaluate: %s is left out: %s", name, error)
+            continue
+        with _compressed(trainer, work, residence, plan) as compressed:
+            yield name, compressed
 
 
-def _compressed(
-    trainer: Trainer, work: Workspace, recipe: Recipe, counts: dict[str, int], *, path: Path
-) -> Residence:
-    """The original compressed by another recipe: in memory, or in a folder for a while."""
-    statistics, residence = Statistics.load(work.statistics_path), work.residence()
+def _plan(
+    trainer: Trainer,
+    work: Workspace,
+    residence: Residence,
+    recipe: Recipe,
+    *,
+    counts: Mapping[str, int],
+) -> CompressionPlan:
+    """What another recipe makes of the original at the same numbers of experts."""
     model, device = residence.model, trainer.strategy.root_device
     if not residence.streams:
         model.to(device)  # type: ignore[arg-type] # wrong in 5.23
     layers = [layer for layer in find_moe_layers(model) if layer.name in counts]
     check_router(recipe.execution.router, model, layers)
-    hold = partial(held, residence, device)
-    plan = make_plan(statistics, layers, recipe, counts, hold=hold)
+    statistics = Statistics.load(work.statistics_path)
+    plan = make_plan(statistics, layers, recipe, counts, hold=partial(held, residence, device))
     plan.check(layers, work.source.fingerprint)
+    return plan
+
+
+@contextmanager
+def _compressed(
+    trainer: Trainer, work: Workspace, residence: Residence, plan: CompressionPlan
+) -> Iterator[Residence]:
+    """The original compressed by a plan: in memory, or in a folder for a while."""
+    samples = Statistics.load(work.statistics_path).samples
     if not isinstance(residence, Streamed):
-        carry_out(trainer, work.data, model, plan, samples=statistics.samples)
-        return residence
-    # All processes read what the first one wrote.
-    path = trainer.strategy.broadcast(path)
-    manifest = Manifest("evaluate", {"recipe": to_spec(recipe)})
-    samples = statistics.samples
-    stream_result(trainer, work, residence, plan, path=path, manifest=manifest, samples=samples)
+        carry_out(trainer, work.data, residence.model, plan, samples=samples)
+        yield residence
+        return
+    path = work.trial_path
+    _remove(trainer, path)
+    try:
+        manifest = Manifest("evaluate", {})
+        stream_result(trainer, work, residence, plan, path=path, manifest=manifest, samples=samples)
+        trainer.strategy.barrier()
+        yield work.residence(open_checkpoint(path))
+    finally:
+        _remove(trainer, path)
+
+
+def _remove(trainer: Trainer, path: Path) -> None:
+    """Takes away what a trial, maybe of a run that was killed, left."""
     trainer.strategy.barrier()
-    return work.residence(open_checkpoint(path))
+    if trainer.is_global_zero:
+        for folder in (path, parts_of(path)):
+            shutil.rmtree(folder, ignore_errors=True)
+    trainer.strategy.barrier()
 
 
 def _show(work: Workspace, report: dict[str, Any], folders: dict[str, Path]) -> None:

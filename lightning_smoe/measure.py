@@ -159,7 +159,7 @@ def decide(
         batch_size=work.data.batch_size, hold=hold if residence.streams else None,
     )  # fmt: skip
     counts = share_out(wanted.budget, trials)
-    del trials  # It holds copies of layers.
+    trials.forget()  # It holds copies of layers.
     return make_plan(statistics, layers, work.recipe, counts, manifest=manifest, hold=hold)
 
 

@@ -185,7 +185,8 @@ class SMoETrainer(FolderVerbs, Trainer):
 
         def check(work: Workspace) -> None:
             judge.check_others(work, others)
-            work.check_space(work.compressed_path)
+            others_stream = work.streams and (model.baselines or model.beside)
+            work.check_space(work.compressed_path, *([work.trial_path] if others_stream else []))
             if suite is not None:
                 judge.check_whole(work)
                 suite.check()

@@ -133,13 +133,16 @@ class Workspace:
 
     def like(self, experiment: Experiment, data: TextDataModule, precision: str) -> "Workspace":
         """Checks another experiment in the same place."""
-        return Workspace(
+        other = Workspace(
             experiment,
             data,
             precision,
             device=self._device,
             num_local_processes=self._num_local_processes,
         )
+        # Decided once: what is loaded by now takes memory itself.
+        other.streams = self.streams
+        return other
 
     @property
     def statistics_path(self) -> Path:
@@ -170,6 +173,11 @@ class Workspace:
     def training_path(self) -> Path:
         """Where fit keeps checkpoints."""
         return self.folder / "training"
+
+    @property
+    def trial_path(self) -> Path:
+        """Where another recipe's result lies while evaluate judges it, if it is not in memory."""
+        return self.folder / ".trial"
 
     @property
     def report_path(self) -> Path:

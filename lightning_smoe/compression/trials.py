@@ -70,11 +70,18 @@ class Trials:
         self._block = lru_cache(maxsize=len(self.layers) + _SPARE_LAYERS)(self._make_block)
         self._by_name = {layer.name: layer for layer in self.layers}
 
+    def forget(self) -> None:
+        """Frees what is kept of layers."""
+        self._evidence.cache_clear()
+        self._block.cache_clear()
+
     def evidence(self, layer: MoELayer) -> Evidence:
         """All that is known of a layer."""
         return self._evidence(layer.name)
 
     def _find_evidence(self, name: str) -> Evidence:
+        # Before the next layer comes: the one before would stay beside it.
+        self._evidence.cache_clear()
         layer = self._by_name[name]
         with self._hold(layer):
             return evidence_of(layer, self._statistics)
