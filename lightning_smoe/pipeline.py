@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
 from lightning_smoe.calibration.statistics import Statistics
 from lightning_smoe.compression.carry_out import carry_out
-from lightning_smoe.compression.plan import CompressionPlan, note_refits
+from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.errors import InputError
 from lightning_smoe.measure import decide
 from lightning_smoe.models.artifact import Manifest, is_current, write_json
 from lightning_smoe.models.isolation import check_residence_isolates
+from lightning_smoe.models.progress import drop_parts
 from lightning_smoe.models.streamed import Streamed
 from lightning_smoe.models.trial_run import check_runs
-from lightning_smoe.results import plan_steps, save_result, stream_result, stream_statistics
+from lightning_smoe.results import (
+    note_outcomes,
+    plan_steps,
+    save_result,
+    stream_result,
+    stream_statistics,
+)
 from lightning_smoe.workspace import Workspace, found_manifest
 
 logger = logging.getLogger(__name__)
@@ -88,16 +94,15 @@ def compress(trainer: Trainer, work: Workspace) -> None:
         samples = Statistics.load(work.statistics_path).samples if needs_sample else {}
         residence, path = work.residence(), work.compressed_path
         if isinstance(residence, Streamed):
-            refits = stream_result(
+            stream_result(
                 trainer, work, residence, decided, path=path, manifest=wanted, samples=samples
             )
         else:
             refits = carry_out(trainer, work.data, residence.model, decided, samples=samples)
             if trainer.is_global_zero:
+                note_outcomes(work, refits)
                 steps = plan_steps(decided, refits)
                 save_result(work, residence.model, path, manifest=wanted, steps=steps)
-        if trainer.is_global_zero:
-            note_refits(work.plan_path, {name: asdict(refit) for name, refit in refits.items()})
 
 
 @contextmanager
@@ -125,6 +130,8 @@ def running_step(
     current = is_current(path, found, wanted, work.experiment.overwrite or replace)
     trainer.strategy.barrier()
     if current:
+        if trainer.is_global_zero:
+            drop_parts(path)
         logger.info("%s: %s is there already, made from the same inputs", wanted.step, path)
         yield False
         return

@@ -1,6 +1,7 @@
 """Checkpoint folders of an experiment, with their cards; written from memory or layer by layer."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.walked import WalkedCalibration
 from lightning_smoe.compression.carry_out import carry_out_streamed
-from lightning_smoe.compression.plan import CompressionPlan
+from lightning_smoe.compression.plan import CompressionPlan, note_refits
 from lightning_smoe.compression.refit import RefitOutcome
 from lightning_smoe.compression.streamed_result import StreamedResult
 from lightning_smoe.functional.evidence import TokenSample
@@ -94,6 +95,8 @@ def stream_result(
     )
     refits = carry_out_streamed(trainer, work.data, residence, plan, samples=samples, sink=sink)
     if trainer.is_global_zero:
+        if path == work.compressed_path:
+            note_outcomes(work, refits)
         steps = plan_steps(plan, refits)
 
         def beside(folder: Path) -> None:
@@ -103,6 +106,11 @@ def stream_result(
 
         sink.complete(beside, work.dtype)
     return refits
+
+
+def note_outcomes(work: Workspace, refits: Mapping[str, RefitOutcome]) -> None:
+    """Writes into plan.json what came of the refits; before the result, which may be the last."""
+    note_refits(work.plan_path, {name: asdict(refit) for name, refit in refits.items()})
 
 
 def stream_statistics(

@@ -14,7 +14,7 @@ from lightning_smoe.compression.apply import finish
 from lightning_smoe.compression.plan import CompressionPlan
 from lightning_smoe.compression.refit import RefitOutcome
 from lightning_smoe.compression.streams import LayerSink
-from lightning_smoe.models.artifact import replacing, require_space, write_json
+from lightning_smoe.models.artifact import put_in_place, require_space, write_json
 from lightning_smoe.models.checkpoint import outline
 from lightning_smoe.models.description import described
 from lightning_smoe.models.folder import CheckpointFolder
@@ -122,8 +122,8 @@ class StreamedResult(LayerSink):
         self._folder.finish()
         write_beside(self._folder.path)
         self._folder.verify(dtype)
-        with replacing(self._target) as partial:
-            self._folder.path.rename(partial)
+        # In one step: a run that is killed finds the folder in the one place or in the other.
+        put_in_place(self._folder.path, self._target)
         self._progress.close()
 
 

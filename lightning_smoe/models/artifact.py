@@ -131,21 +131,46 @@ def replacing(path: Path) -> Iterator[Path]:
     Whatever goes wrong, `path` is afterwards what it was before, and the sibling is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
-    for stale in (partial, old):
-        _remove(stale)
+    partial = _sibling(path, "partial")
+    _remove(partial)
+    _recover(path)
     try:
         yield partial
+        put_in_place(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def put_in_place(made: Path, path: Path) -> None:
+    """Renames a complete file or folder on the same disk; what was at its new place is gone.
+
+    Whatever goes wrong, both are afterwards what they were before; if the process is killed in
+    between, `replacing` brings the old one back.
+    """
+    _recover(path)
+    old = _sibling(path, "old")
+    try:
         # A folder cannot be renamed over another, and deleting the old one first would lose it.
         if path.is_dir():
             path.replace(old)
-        partial.replace(path)
+        made.replace(path)
     except BaseException:
-        if old.exists() and not path.exists():
-            old.replace(path)
-        _remove(partial)
+        _recover(path)
         raise
     _remove(old)
+
+
+def _recover(path: Path) -> None:
+    """Brings back what was set aside, if nothing took its place."""
+    old = _sibling(path, "old")
+    if old.exists() and not path.exists():
+        old.replace(path)
+    _remove(old)
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
 
 
 def _remove(path: Path) -> None:

@@ -88,6 +88,11 @@ class WalkProgress:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def drop_parts(artifact: Path) -> None:
+    """Takes away what a run left that was killed just behind the completion of its artifact."""
+    shutil.rmtree(parts_of(artifact), ignore_errors=True)
+
+
 def parts_of(artifact: Path) -> Path:
     """The folder beside an artifact that holds the parts of it that are done."""
     return artifact.with_name(f".{artifact.name}.parts")

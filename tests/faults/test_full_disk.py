@@ -36,7 +36,7 @@ def test_files_that_cannot_grow_end_with_one_message_and_nothing_half(
         (None, "calibrate", 20_000, "--model.overwrite=false"),
         ("plan", "compress", 200_000, "--model.overwrite=false"),
         ("compress", "compress", 200_000, "--model.overwrite=true"),
-    ):
+    )[: 2 if stream else 3]:
         if done is not None:
             work.done(done, *words)
         before = results(work)
