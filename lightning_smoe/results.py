@@ -89,7 +89,7 @@ def stream_result(
         work.source,
         plan,
         path,
-        progress=progress_of(trainer, path, manifest),
+        progress=progress_of(trainer, work, path, manifest),
         device=trainer.strategy.root_device,
         writes=trainer.is_global_zero,
     )
@@ -125,7 +125,7 @@ def stream_statistics(
         path: Where to write.
         manifest: What the statistics are made from.
     """
-    progress = progress_of(trainer, path, manifest)
+    progress = progress_of(trainer, work, path, manifest)
     domains, stride = work.data.domains_of("calib"), work.sample_stride
     module = WalkedCalibration(residence, domains, manifest, progress=progress, stride=stride)
     trainer.predict(module, datamodule=work.data, return_predictions=False)
@@ -135,13 +135,14 @@ def stream_statistics(
     progress.close()
 
 
-def progress_of(trainer: Trainer, path: Path, manifest: Manifest) -> WalkProgress:
+def progress_of(trainer: Trainer, work: Workspace, path: Path, manifest: Manifest) -> WalkProgress:
     """Where a walk that makes an artifact notes how far it is."""
     return WalkProgress(
         path,
         manifest.digest,
         rank=trainer.global_rank,
         num_processes=trainer.world_size,
+        text=[work.data.fingerprint("calib"), work.data.batch_size],
         reduce=partial(_reduce, trainer),
     )
 

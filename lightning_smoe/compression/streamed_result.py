@@ -62,6 +62,9 @@ class StreamedResult(LayerSink):
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, RefitOutcome]]:
         """Layers that an earlier run put here, the states behind them, and their refits."""
         layout = stored_layout(self.model, self._source)
+        if self._writes and not self._progress.path("folder").is_dir():
+            # A run that was killed behind the last step left notes of a folder that has its place.
+            self._progress.close()
         begun = self._progress.open()
         states = self._progress.states(begun) if begun else {}
         if not self._writes:

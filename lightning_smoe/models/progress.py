@@ -4,12 +4,16 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_smoe.models.artifact import replacing, write_json
+from lightning_smoe.models.artifact import replacing, sha256_of_tensors, write_json
+
+_ORIGIN, _HASH = "walk.json", "sha256"
 
 Reduce = Callable[[Tensor, str], Tensor]
 
@@ -22,6 +26,7 @@ class WalkProgress:
         digest: Of what it is made from; what was noted for another is dropped.
         rank: Number of this process.
         num_processes: All processes; what another number of them noted is dropped.
+        text: What decides which text stands in which batch; what was noted of others is dropped.
         reduce: Sum or maximum of a tensor over processes, as its second argument says; none for
             one process.
     """
@@ -33,10 +38,11 @@ class WalkProgress:
         *,
         rank: int = 0,
         num_processes: int = 1,
+        text: Any = None,
         reduce: Reduce | None = None,
     ) -> None:
         self.folder = parts_of(artifact)
-        self._origin = {"digest": digest, "processes": num_processes}
+        self._origin = {"digest": digest, "processes": num_processes, "text": text}
         self._rank = rank
         self._reduce: Reduce = reduce or (lambda tensor, _how: tensor)
 
@@ -49,19 +55,19 @@ class WalkProgress:
         done = 0
         if self._is_ours():
             noted = [int(path.name.split("-")[1]) for path in self.folder.glob(self._name("*"))]
-            done = max(noted, default=0)
+            done = max(filter(self._is_whole, noted), default=0)
         # Processes may be a layer apart, and each keeps its last two.
         agreed = -int(self._reduce(torch.tensor(-done), "max"))
         if agreed == 0 and self._rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.close()
             self.folder.mkdir(parents=True)
-            write_json(self.folder / "walk.json", self._origin)
+            write_json(self.folder / _ORIGIN, self._origin)
         # A barrier: nobody writes before the folder is there.
         self._reduce(torch.tensor(0), "max")
         return agreed
 
     def _is_ours(self) -> bool:
-        path = self.folder / "walk.json"
+        path = self.folder / _ORIGIN
         return path.exists() and json.loads(path.read_text()) == self._origin
 
     def _name(self, layer: int | str) -> str:
@@ -70,13 +76,26 @@ class WalkProgress:
 
     def note(self, done: int, states: Mapping[str, Tensor]) -> None:
         """Notes that this process is through with so many layers, and the states behind them."""
+        # A barrier: one that ran ahead would drop what the last one goes on from after a kill.
+        self._reduce(torch.tensor(0), "max")
+        kept = {name: t.cpu().contiguous() for name, t in states.items()}
         with replacing(self.folder / self._name(done)) as partial:
-            save_file({name: t.cpu().contiguous() for name, t in states.items()}, partial)
+            save_file(kept, partial, metadata={_HASH: sha256_of_tensors(kept)})
         (self.folder / self._name(done - 2)).unlink(missing_ok=True)
 
     def states(self, done: int) -> dict[str, Tensor]:
         """What was noted."""
         return load_file(self.folder / self._name(done))
+
+    def _is_whole(self, done: int) -> bool:
+        """Whether states that were noted are those that were written."""
+        path = self.folder / self._name(done)
+        try:
+            with safe_open(path, "pt") as file:
+                noted = file.metadata() or {}
+            return noted.get(_HASH) == sha256_of_tensors(self.states(done))
+        except SafetensorError:
+            return False
 
     def path(self, name: str) -> Path:
         """A place for what else is kept until the artifact is complete."""
@@ -85,7 +104,13 @@ class WalkProgress:
     def close(self) -> None:
         """Takes the folder away, once the artifact is complete."""
         if self._rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            drop_parts_in(self.folder)
+
+
+def drop_parts_in(folder: Path) -> None:
+    """Takes a folder of parts away; what is left by a kill in between is nobody's."""
+    (folder / _ORIGIN).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def drop_parts(artifact: Path) -> None:

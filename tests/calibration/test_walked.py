@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.module import CalibrationModule, ExpertStatistics
@@ -97,3 +98,20 @@ def test_what_was_noted_for_other_statistics_is_dropped(tmp_path: Path) -> None:
     assert WalkProgress(artifact, "one", num_processes=2).open() == 0
     assert WalkProgress(artifact, "other").open() == 0
     assert not list(parts_of(artifact).glob("states*"))
+
+
+def test_other_batches_and_states_that_were_damaged_are_not_gone_on_with(tmp_path: Path) -> None:
+    artifact = tmp_path / "statistics"
+    progress = WalkProgress(artifact, "one", text=["abc", 4])
+    progress.open()
+    for done in (1, 2):
+        progress.note(done, {"0": torch.full((3,), float(done))})
+    assert WalkProgress(artifact, "one", text=["abc", 4]).open() == 2
+    path = parts_of(artifact) / "states-00002-0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert WalkProgress(artifact, "one", text=["abc", 4]).open() == 1
+    path.write_bytes(content[:-4])
+    assert WalkProgress(artifact, "one", text=["abc", 4]).open() == 1
+    assert WalkProgress(artifact, "one", text=["abc", 2]).open() == 0
