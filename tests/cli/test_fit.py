@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from transformers import PreTrainedModel
 
-from lightning_smoe.pipeline import save_result
+from lightning_smoe.results import save_result
 from tests.cli.command import Workplace, check_refusal, snapshot
 
 # No models beside the results, which have tests of their own.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_smoe import verify
+from lightning_smoe.models.memory import available_memory
 from tests.cli.command import Workplace, check_refusal, snapshot
 from tests.models.pruning import save_pruned, store_tensors, stored_tensors
 
@@ -61,7 +62,7 @@ def test_what_is_wrong_is_shown_and_ends_with_code_2(work: Workplace) -> None:
 def test_a_model_that_does_not_fit_in_memory_is_not_loaded(
     work: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = verify.available_memory()
+    found = available_memory()
     assert found is None or found > 1 << 20
     monkeypatch.setattr(verify, "available_memory", lambda: 1000)
     outcome = work.run("verify", "model")

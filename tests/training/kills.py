@@ -18,7 +18,7 @@ FORK = multiprocessing.get_context("fork")
 TIMEOUT = 120
 
 
-def start(work: Callable[[], None]) -> ForkProcess:
+def start(work: Callable[[], object]) -> ForkProcess:
     """Starts a process of its own that does the work; nothing is imported anew."""
     process = FORK.Process(target=work)
     process.start()
