@@ -17,22 +17,11 @@ from jsonargparse import ArgumentParser
 from lightning_smoe.data.splits import CORPUS, SPLITS
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
+from tests.data.shipped_text import shipped, short_text
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
 DOMAINS = ("arith", "bible", "docs", "facts", "js", "lit", "python", "spanish")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
-
-
-def shipped(**options: Any) -> TextDataModule:
-    small: dict[str, Any] = {
-        "sequence_length": 32,
-        "calib_tokens": 1024,
-        "test_tokens": 512,
-        "valid_tokens": 256,
-    }
-    small |= {"tokenizer": CHECKPOINT} | options
-    return TextDataModule(**small)
 
 
 @pytest.fixture
@@ -41,12 +30,13 @@ def own_text(tmp_path: Path) -> Path:
     for split in ("train", "calib", "valid"):
         (tmp_path / split).mkdir()
         for domain in ("arith", "python"):
-            shutil.copy(CORPUS / split / f"{domain}.txt", tmp_path / split)
+            shutil.copy(short_text() / split / f"{domain}.txt", tmp_path / split)
     return tmp_path
 
 
 def test_the_shipped_corpus_is_the_default_and_gives_the_budget() -> None:
-    data = shipped()
+    default = inspect.signature(TextDataModule.__init__).parameters["path"].default
+    data = shipped(path=default)
     data.check(SPLITS)
     assert data.domains_of("calib") == DOMAINS
     for split, tokens in (("calib", 1024), ("test", 512), ("valid", 256)):
@@ -79,7 +69,7 @@ def test_a_domain_that_has_less_than_its_share_gives_all_it_has(own_text: Path) 
 
 def test_no_budget_takes_every_window_once() -> None:
     windows = shipped(valid_tokens=None).windows("valid")
-    assert len(windows) > 8 * 200
+    assert len(windows) > 8 * 100
     drawn = {tuple(row) for row in windows.input_ids.tolist()}
     assert len(drawn) > 0.99 * len(windows)
 
@@ -137,8 +127,8 @@ def write_parquet(path: Path, documents: list[str]) -> None:
 
 def write_folder(path: Path, documents: list[str]) -> None:
     path.mkdir()
-    write_jsonl(path / "part-0", documents[:3])
-    write_parquet(path / "part-1", documents[3:])
+    write_jsonl(path / "part-0", documents[:1])
+    write_parquet(path / "part-1", documents[1:])
 
 
 @pytest.mark.parametrize("write", [write_txt, write_jsonl, write_parquet, write_folder])
@@ -146,7 +136,7 @@ def test_every_format_gives_the_same_windows(
     tmp_path: Path, write: Callable[[Path, list[str]], None]
 ) -> None:
     for domain in DOMAINS:
-        documents = (CORPUS / "calib" / f"{domain}.txt").read_bytes().decode().split("\x1e")
+        documents = (short_text() / "calib" / f"{domain}.txt").read_bytes().decode().split("\x1e")
         write(tmp_path / domain, documents)
     own = shipped(calib=str(tmp_path))
     assert own.fingerprint("calib") == shipped().fingerprint("calib")

@@ -13,24 +13,11 @@ from torch.utils.data import DataLoader
 
 from lightning_smoe.data.packing import load_tokenizer
 from lightning_smoe.data.samplers import ResumableLoader
-from lightning_smoe.data.splits import CORPUS
 from lightning_smoe.data.text import TextDataModule
 from lightning_smoe.errors import InputError
-
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "qwen2moe-tiny-8dom"
+from tests.data.shipped_text import CHECKPOINT, shipped, short_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
-
-
-def shipped(**options: Any) -> TextDataModule:
-    small: dict[str, Any] = {
-        "sequence_length": 32,
-        "calib_tokens": 1024,
-        "test_tokens": 512,
-        "valid_tokens": 256,
-    }
-    small |= {"tokenizer": CHECKPOINT} | options
-    return TextDataModule(**small)
 
 
 def test_a_batch_names_its_tensors_and_shapes() -> None:
@@ -213,7 +200,7 @@ def test_processes_together_see_every_window_once(
 
 
 def test_processes_train_on_different_windows_and_fit_needs_no_valid_text(tmp_path: Path) -> None:
-    shutil.copytree(CORPUS / "valid", tmp_path / "text/train")
+    shutil.copytree(short_text() / "valid", tmp_path / "text/train")
     data = shipped(path=tmp_path / "text", train_tokens=32 * 10, batch_size=2)
     shares = run("fit", tmp_path / "fit", data, 2, limit_val_batches=0)
     assert [len(share) for share in shares] == [4, 4]
