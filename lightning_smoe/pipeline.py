@@ -48,6 +48,8 @@ def calibrate(trainer: Trainer, work: Workspace) -> None:
             path = work.statistics_path
             stream_statistics(trainer, work, residence, path=path, manifest=wanted)
             return
+        # What a run left that went layer by layer and was killed.
+        drop_parts(work.statistics_path)
         watch = ExpertStatistics(work.data.domains_of("calib"), wanted, work.sample_stride)
         module = CalibrationModule(residence.model)
         with _also(trainer, watch):
@@ -98,6 +100,7 @@ def compress(trainer: Trainer, work: Workspace) -> None:
                 trainer, work, residence, decided, path=path, manifest=wanted, samples=samples
             )
         else:
+            drop_parts(path)
             refits = carry_out(trainer, work.data, residence.model, decided, samples=samples)
             if trainer.is_global_zero:
                 note_outcomes(work, refits)

@@ -29,10 +29,12 @@ from lightning_smoe.models.checkpoint import align, say_dequantised, skeleton, w
 from lightning_smoe.models.finite import refuse_not_finite
 from lightning_smoe.models.folder import CheckpointFolder
 from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
+from lightning_smoe.models.parameter_places import free, move, place_of
 from lightning_smoe.models.plain_tensors import plain_tensors
 from lightning_smoe.models.residence import Outside, Residence
 from lightning_smoe.models.stored import TORCH_TYPES
 from lightning_smoe.models.walk import decoder_layers
+from lightning_smoe.models.weight_reading import readable_weights
 
 
 class Streamed(Residence):
@@ -58,6 +60,8 @@ class Streamed(Residence):
         self._plan = model._get_dtype_plan(dtype)
         self._mapping: list[Any] = get_model_conversion_mapping(model)
         say_dequantised(folder)
+        readable = readable_weights(folder, model, dtype) if folder.quantisation is None else None
+        self._readable = {} if readable is None else readable[0]
         self._sources = self._find_sources()
         self._check_complete()
         # What writes the model again goes by the conversions that were of use.
@@ -82,7 +86,7 @@ class Streamed(Residence):
             yield layer.to(device)
         finally:
             self._held.discard(index)
-            _free(layer.modules())
+            free(layer.modules())
 
     @contextmanager
     def outside(self, device: torch.device, part: Outside = "all") -> Iterator[PreTrainedModel]:
@@ -94,12 +98,12 @@ class Streamed(Residence):
         self._bring(name for name in names if name not in left_out)
         self.model.tie_weights()
         for module in modules:
-            _move(module, device)
+            move(module, device)
         self.model.tie_weights()
         try:
             yield self.model
         finally:
-            _free(modules)
+            free(modules)
             # What was tied is one tensor without its numbers, too.
             self.model.tie_weights()
 
@@ -157,16 +161,29 @@ class Streamed(Residence):
     def _bring(self, targets: Iterable[str]) -> None:
         """Reads tensors of the model, one at a time, as each may be put together of many."""
         for target in targets:
+            if self._read_into_place(target):
+                continue
             wanted = self._store_as_in_files(target)
             self._read(self._sources[target])
             if wanted is not None:
-                module, name = _place(self.model, target)
+                module, name = place_of(self.model, target)
                 whole = module._parameters[name].to(wanted)  # type: ignore[union-attr] # is there
                 module._parameters[name] = nn.Parameter(whole, requires_grad=False)
         # What is away is passed over.
         refuse_not_finite(self._folder.path, self.model.named_parameters())
         align(self.model)
         self._forget()
+
+    def _read_into_place(self, target: str) -> bool:
+        """Reads a parameter whose parts are only stacked; says whether it is one."""
+        module, name = place_of(self.model, target)
+        old, weight = module._parameters.get(name), self._readable.get(target)
+        if old is None or weight is None or old.shape != weight.shape:
+            return False
+        place = torch.empty(old.shape, dtype=old.dtype)
+        weight.read_into(place)
+        module._parameters[name] = nn.Parameter(place, requires_grad=False)
+        return True
 
     def _store_as_in_files(self, target: str) -> torch.dtype | None:
         """Lets a parameter be put together in its type on disk, which takes half the memory.
@@ -175,7 +192,7 @@ class Streamed(Residence):
             The type to convert it to; none where it is read in that type.
         """
         types = {self._folder.tensors[key]["dtype"] for key in self._sources[target]}
-        module, name = _place(self.model, target)
+        module, name = place_of(self.model, target)
         old = module._parameters.get(name)
         stored = TORCH_TYPES.get(types.pop()) if len(types) == 1 else None
         if old is None or stored is None or old.dtype != torch.float32 or stored == old.dtype:
@@ -221,27 +238,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
-
-
-def _move(module: nn.Module, device: torch.device) -> None:
-    """Moves what a module itself holds, but for parameters that are away."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not parameter.is_meta and parameter.device != device:
-            module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = buffer.to(device)
-
-
-def _free(modules: Iterable[nn.Module]) -> None:
-    """Leaves the shapes of parameters, without their numbers."""
-    for module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                outline = torch.empty_like(parameter, device="meta")
-                module._parameters[name] = nn.Parameter(outline, requires_grad=False)
