@@ -115,7 +115,7 @@ def drop_parts_in(folder: Path) -> None:
 
 def drop_parts(artifact: Path) -> None:
     """Takes away what a run left that was killed just behind the completion of its artifact."""
-    shutil.rmtree(parts_of(artifact), ignore_errors=True)
+    drop_parts_in(parts_of(artifact))
 
 
 def parts_of(artifact: Path) -> Path:
