@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,10 @@ def running(work: Workplace, verb: str, *words: str) -> Iterator[subprocess.Pope
             process.kill()
 
 
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+def wait_for(process: ForkProcess, happened: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not happened():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), process.exitcode
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -156,17 +157,24 @@ def test_two_processes_write_what_one_writes(work: Workplace, finished_once: Wor
 def test_a_training_that_is_stopped_can_be_continued(finished: Workplace) -> None:
     work = to_train(finished)
     last = work.out / "training/last.ckpt"
-    with running(work, "fit", "--trainer.max_steps=100000") as process:
-        wait_for(process, last.exists)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=PATIENCE)
-    check_end(process.returncode, signal.SIGTERM, err)
+    told = work.folder / "told"
+
+    def endless() -> None:
+        outcome = work.do("fit", "--trainer.max_steps=100000")
+        told.write_text(outcome.err)
+        os._exit(outcome.code)
+
+    process = start(endless)
+    wait_for(process, last.exists)
+    process.terminate()
+    (code,) = finish([process])
+    check_end(code, signal.SIGTERM, told.read_text())
     assert not (work.out / "recovered").exists()
     step = torch.load(last, weights_only=True)["global_step"]
     assert step >= 2
     words = [f"--trainer.max_steps={step + 2}", "--ckpt_path=last"]
-    told = work.done("fit", *words).err
-    assert "compress: out/compressed is there already" in told
+    again = work.done("fit", *words).err
+    assert "compress: out/compressed is there already" in again
     assert torch.load(last, weights_only=True)["global_step"] == step + 2
     assert (work.out / "recovered/model.safetensors").exists()
     assert partial_results(work) == []
