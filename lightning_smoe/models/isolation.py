@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_smoe.models.head import check_isolates
+from lightning_smoe.models.passes import begin, through
 from lightning_smoe.models.residence import Residence
-from lightning_smoe.models.walk import embed, finish, run_layer
+from lightning_smoe.models.walk import finish
 
 _CPU = torch.device("cpu")
 
@@ -28,10 +29,6 @@ def walked_states(
     residence: Residence, batch: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch sequence hidden"]:
     """Final hidden states of a batch on the CPU, one decoder layer at a time."""
-    with residence.outside(_CPU, "inputs"):
-        waiting = embed(residence.model, batch, torch.ones_like(batch["input_ids"]).bool())
-    for index in range(residence.num_layers):
-        with residence.layer(index, _CPU) as decoder:
-            waiting = waiting.moved(run_layer(decoder, waiting, index))
+    waiting = through(residence, begin(residence, batch, _CPU), residence.num_layers, _CPU)
     with residence.outside(_CPU, "inputs"):
         return finish(residence.model, batch, waiting.states)

@@ -11,11 +11,12 @@ from lightning_smoe.errors import InputError
 from lightning_smoe.models.folder import CheckpointFolder, open_checkpoint
 from lightning_smoe.models.head import vocab_size_of
 from lightning_smoe.models.layer import decoder_layer_of, find_moe_layers
+from lightning_smoe.models.passes import begin
 from lightning_smoe.models.shard_writer import ShardWriter
 from lightning_smoe.models.shards import ShardLayout
 from lightning_smoe.models.stored import round_in_place, stored_state
 from lightning_smoe.models.streamed import Streamed
-from lightning_smoe.models.walk import WaitingBatch, embed, run_layer
+from lightning_smoe.models.walk import WaitingBatch, run_layer
 
 _PROOF_TOKENS = 32
 
@@ -119,8 +120,7 @@ def begin_proof(residence: Streamed, device: torch.device) -> WaitingBatch:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (1, _PROOF_TOKENS), generator=generator).to(device)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    with residence.outside(device, "inputs") as model:
-        return embed(model, batch, batch["attention_mask"].bool())
+    return begin(residence, batch, device)
 
 
 def checksums_of(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -4,8 +4,8 @@ import torch
 
 from lightning_smoe.errors import InputError
 from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.passes import begin, through
 from lightning_smoe.models.residence import Residence
-from lightning_smoe.models.walk import embed, run_layer
 
 _CPU = torch.device("cpu")
 # What arithmetic raises on sizes that do not fit each other.
@@ -27,11 +27,7 @@ def check_runs(residence: Residence) -> None:
     last = find_moe_layers(model)[0].index if residence.streams else residence.num_layers - 1
     name = model.config.name_or_path
     try:
-        with residence.outside(_CPU, "inputs"):
-            waiting = embed(model, batch, batch["attention_mask"].bool())
-        for index in range(last + 1):
-            with residence.layer(index, _CPU) as decoder:
-                waiting = waiting.moved(run_layer(decoder, waiting, index))
+        waiting = through(residence, begin(residence, batch, _CPU), last + 1, _CPU)
     except InputError:
         raise
     except _DOES_NOT_FIT as error:
