@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_smoe.calibration.processes import over_processes
 from lightning_smoe.calibration.walked import WalkedCalibration
 from lightning_smoe.compression.carry_out import carry_out_streamed
 from lightning_smoe.compression.plan import CompressionPlan, note_refits
@@ -101,8 +98,7 @@ def stream_result(
 
         def beside(folder: Path) -> None:
             card = _card(work, sink.model, path, manifest=manifest, steps=steps)
-            described = {"config": sink.config, "uneven": sink.uneven}
-            write_beside(folder, work.source, **described, manifest=manifest, card=card)
+            write_beside(folder, work.source, config=sink.config, manifest=manifest, card=card)
 
         sink.complete(beside, work.dtype)
     return refits
@@ -143,14 +139,8 @@ def progress_of(trainer: Trainer, work: Workspace, path: Path, manifest: Manifes
         rank=trainer.global_rank,
         num_processes=trainer.world_size,
         text=[work.data.fingerprint("calib"), work.data.batch_size],
-        reduce=partial(_reduce, trainer),
+        reduce=over_processes(trainer.strategy),
     )
-
-
-def _reduce(trainer: Trainer, tensor: Tensor, how: str) -> Tensor:
-    # Any: Lightning leaves the result of a reduction open.
-    reduced: Any = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op=how)
-    return torch.as_tensor(reduced)
 
 
 def plan_steps(plan: CompressionPlan, refits: Mapping[str, RefitOutcome]) -> list[str]:

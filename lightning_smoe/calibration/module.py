@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from lightning_smoe.calibration.observer import Batch, RoutedTokens, observing
+from lightning_smoe.calibration.processes import over_processes
 from lightning_smoe.calibration.sample import is_sampled, joined, take
 from lightning_smoe.calibration.statistics import (
     Statistics,
@@ -80,11 +81,7 @@ class ExpertStatistics(Callback):
         samples = {self._names[name]: joined(parts) for name, parts in self._parts.items()}
         found = Statistics(sums, samples, self._domains, self._manifest)
 
-        def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
-            # Any: Lightning leaves the result of a reduction open.
-            reduced: Any = trainer.strategy.reduce(tensor, reduce_op=how)
-            return torch.as_tensor(reduced)
-
+        reduce = over_processes(trainer.strategy)
         self.statistics = found.reduced(trainer.global_rank, reduce)
 
     def on_exception(

@@ -1,6 +1,6 @@
 """A sample of the calibration tokens of each layer, kept whole to compare experts on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_smoe.calibration.observer import RoutedTokens
 from lightning_smoe.functional.evidence import TokenSample
-
-Reduce = Callable[[Tensor, str], Tensor]
+from lightning_smoe.models.progress import Reduce
 
 
 def is_sampled(

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_smoe.calibration.observer import RoutedTokens
-from lightning_smoe.calibration.sample import Reduce, field_names, gathered
+from lightning_smoe.calibration.sample import field_names, gathered
 from lightning_smoe.errors import InputError
 from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.functional.sums import MAXIMA, ExpertSums
 from lightning_smoe.models.artifact import Manifest, replacing, sha256_of_tensors
 from lightning_smoe.models.layer import MoELayer
+from lightning_smoe.models.progress import Reduce
 
 _HEADER = "statistics"
 _SAMPLE = "sample."

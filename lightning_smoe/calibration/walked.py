@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_smoe.calibration.observer import Batch, RoutedTokens, observing
+from lightning_smoe.calibration.processes import over_processes
 from lightning_smoe.calibration.sample import is_sampled, joined, take
 from lightning_smoe.calibration.statistics import (
     Statistics,
@@ -130,15 +130,10 @@ class WalkedCalibration(LightningModule):
         if layer is not None and sums is not None:
             found = Statistics(
                 {layer.name: sums}, {layer.name: joined(parts)}, self._domains, self._manifest
-            ).reduced(self.global_rank, self._reduce)
+            ).reduced(self.global_rank, over_processes(self.trainer.strategy))
             if self.global_rank == 0:
                 found.save(self._progress.path(f"layer-{index:05d}.safetensors"))
         return after
-
-    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
-        # Any: Lightning leaves the result of a reduction open.
-        reduced: Any = self.trainer.strategy.reduce(tensor, reduce_op=how)
-        return torch.as_tensor(reduced)
 
     def _joined(self, layers: dict[int, MoELayer]) -> Statistics | None:
         """All that was written down; only on the first process, which wrote it."""

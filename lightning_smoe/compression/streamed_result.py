@@ -56,7 +56,7 @@ class StreamedResult(LayerSink):
         self.model = result_outline(source, plan)
         # Under the names that the original's files have.
         self.model.__dict__["_weight_conversions"] = residence.model._weight_conversions
-        self.config, self.uneven = described(self.model, source)
+        self.config = described(self.model, source)
         self._wanted = {layer.index: layer for layer in find_moe_layers(self.model)}
 
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, RefitOutcome]]:

@@ -1,4 +1,4 @@
-"""What config.json and smoe.json say of a compressed model."""
+"""What config.json says of a compressed model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,8 @@ from lightning_smoe.models.mapped import (
 )
 
 
-def described(
-    model: PreTrainedModel, source: CheckpointFolder
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The configuration of a model, the original's file, patched; and what it cannot say: nothing.
+def described(model: PreTrainedModel, source: CheckpointFolder) -> dict[str, Any]:
+    """The configuration of a model: the original's file, patched.
 
     A model whose layers differ in their number of router rows, or whose rows share experts, becomes
     a mapped model, and its configuration names the code that has to lie beside the weights,
@@ -37,9 +35,9 @@ def described(
     rows = {layer.index: layer.num_router_rows for layer in find_moe_layers(model)}
     config = counted_config(source, rows)
     if not is_mapped(model) and len(set(rows.values())) == 1:
-        return config, {}
+        return config
     become_mapped(model)
-    return mapped_fields(model, config), {}
+    return mapped_fields(model, config)
 
 
 def counted_config(source: CheckpointFolder, rows: Mapping[int, int]) -> dict[str, Any]:

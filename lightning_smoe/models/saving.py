@@ -52,7 +52,7 @@ def save(
         OSError: No space is left on the disk; nothing is written.
         InputError: The reloaded folder does not give the model's weights or logits.
     """
-    config, uneven = described(model, source)
+    config = described(model, source)
     round_in_place(model, source)
     layout = stored_layout(model, source, max_shard_size)
     require_space(target, layout.num_bytes)
@@ -61,7 +61,7 @@ def save(
         for part in state_parts(model):
             writer.write(stored_state(model, source, part))
         writer.finish()
-        write_beside(partial, source, config=config, uneven=uneven, manifest=manifest, card=card)
+        write_beside(partial, source, config=config, manifest=manifest, card=card)
         verify(partial, model)
 
 
@@ -70,7 +70,6 @@ def write_beside(
     source: CheckpointFolder,
     *,
     config: Mapping[str, Any],
-    uneven: Mapping[str, int],
     manifest: Manifest,
     card: str,
 ) -> None:
@@ -80,7 +79,6 @@ def write_beside(
         folder: The folder; smoe.json notes the hash of every file in it but the card's.
         source: Folder of the original, whose tokenizer and generation settings are copied.
         config: Content of config.json.
-        uneven: Experts of those decoder layers of which config.json cannot say it.
         manifest: What made the folder.
         card: Text of the model card.
     """
@@ -95,7 +93,8 @@ def write_beside(
     files = sorted(p for p in folder.iterdir() if p.name not in (_CARD, MANIFEST))
     stored = {
         "schema": 1,
-        "experts_per_layer": uneven,
+        # Counts that earlier versions could not say in config.json.
+        "experts_per_layer": {},
         "files": {file.name: sha256_of_file(file) for file in files},
         "manifest": manifest.to_json(),
     }

@@ -55,8 +55,7 @@ def streamed(source: CheckpointFolder, plan: CompressionPlan, target: Path) -> N
     carry_out_streamed(trainer(), WindowData(TEXT), residence, plan, samples={}, sink=sink)
 
     def beside(folder: Path) -> None:
-        described = {"config": sink.config, "uneven": sink.uneven}
-        write_beside(folder, source, **described, manifest=MANIFEST, card="a card")
+        write_beside(folder, source, config=sink.config, manifest=MANIFEST, card="a card")
 
     sink.complete(beside, torch.float32)
 
