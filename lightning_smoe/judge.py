@@ -30,12 +30,13 @@ from lightning_smoe.evaluation.report import (
     write_report,
 )
 from lightning_smoe.evaluation.tasks import TaskSuite
+from lightning_smoe.functional.evidence import TokenSample
 from lightning_smoe.measure import BASELINES, Yardstick, held
 from lightning_smoe.models.artifact import Manifest
 from lightning_smoe.models.checkpoint import outline
 from lightning_smoe.models.expert_count import text_config
 from lightning_smoe.models.folder import open_checkpoint
-from lightning_smoe.models.layer import find_moe_layers
+from lightning_smoe.models.layer import MoELayer, find_moe_layers
 from lightning_smoe.models.progress import parts_of
 from lightning_smoe.models.residence import Residence
 from lightning_smoe.models.streamed import Streamed
@@ -196,43 +197,44 @@ def _others_at_this_size(trainer: Trainer, work: Workspace) -> Iterator[tuple[st
         return
     plans = work.read_plan().by_name()
     counts = {name: len(plan.groups) for name, plan in plans.items()}
+    statistics = Statistics.load(work.statistics_path)
     for name, recipe in recipes.items():
         residence = work.residence()
+        hold = partial(held, residence, trainer.strategy.root_device)
         try:
-            plan = _plan(trainer, work, residence, recipe, counts=counts)
+            layers = _layers(trainer, residence, recipe, counts)
+            plan = make_plan(statistics, layers, recipe, counts, hold=hold)
+            plan.check(layers, work.source.fingerprint)
         except ValueError as error:  # Such as fewer experts than a router of one row each selects.
             logger.warning("evaluate: %s is left out: %s", name, error)
             continue
-        with _compressed(trainer, work, residence, plan) as compressed:
+        samples = statistics.samples
+        with _compressed(trainer, work, residence, plan, samples=samples) as compressed:
             yield name, compressed
 
 
-def _plan(
-    trainer: Trainer,
-    work: Workspace,
-    residence: Residence,
-    recipe: Recipe,
-    *,
-    counts: Mapping[str, int],
-) -> CompressionPlan:
-    """What another recipe makes of the original at the same numbers of experts."""
-    model, device = residence.model, trainer.strategy.root_device
+def _layers(
+    trainer: Trainer, residence: Residence, recipe: Recipe, counts: Mapping[str, int]
+) -> list[MoELayer]:
+    """The layers of the original that a recipe is to change, where they are worked on."""
+    model = residence.model
     if not residence.streams:
-        model.to(device)  # type: ignore[arg-type] # wrong in 5.23
+        model.to(trainer.strategy.root_device)  # type: ignore[arg-type] # wrong in 5.23
     layers = [layer for layer in find_moe_layers(model) if layer.name in counts]
     check_router(recipe.execution.router, model, layers)
-    statistics = Statistics.load(work.statistics_path)
-    plan = make_plan(statistics, layers, recipe, counts, hold=partial(held, residence, device))
-    plan.check(layers, work.source.fingerprint)
-    return plan
+    return layers
 
 
 @contextmanager
 def _compressed(
-    trainer: Trainer, work: Workspace, residence: Residence, plan: CompressionPlan
+    trainer: Trainer,
+    work: Workspace,
+    residence: Residence,
+    plan: CompressionPlan,
+    *,
+    samples: Mapping[str, TokenSample],
 ) -> Iterator[Residence]:
     """The original compressed by a plan: in memory, or in a folder for a while."""
-    samples = Statistics.load(work.statistics_path).samples
     if not isinstance(residence, Streamed):
         carry_out(trainer, work.data, residence.model, plan, samples=samples)
         yield residence
