@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_machine
+import bench_own
 import bench_peers
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from lightning_smoe.functional.merging import Average, UnionSVD
 from lightning_smoe.functional.routed_distance import GatedCosine
 from lightning_smoe.functional.router import Slice
 from lightning_smoe.functional.saliency import Reap
-from lightning_smoe.trainer import SMoETrainer
 
 # Of Qwen1.5-MoE-A2.7B.
 EXPERTS, WIDTH, HIDDEN, TOKENS = 60, 1408, 2048, 2048
@@ -117,15 +117,7 @@ def shares() -> Row:
         model = bench_peers.write_model(Path(name) / "model", layers=8, experts=128)
         text: dict[str, Any] = bench_peers.text_of(bench_peers.TOKENS)
         experiment = Experiment(str(model), Path(name) / "run", recipe=recipe)
-        trainer = SMoETrainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        trainer = bench_own.quiet_trainer()
         profile = cProfile.Profile(time.process_time)
         profile.runcall(trainer.compress, experiment, TextDataModule(**text))
     # Any: typeshed does not declare the one attribute that holds the figures.

@@ -21,6 +21,19 @@ from lightning_smoe.functional.saliency import Reap
 from lightning_smoe.trainer import SMoETrainer
 
 
+def quiet_trainer() -> SMoETrainer:
+    """A Trainer on the CPU that shows and keeps nothing."""
+    return SMoETrainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
 def main() -> None:
     """Runs the verb `compress`, which calibrates and plans first, to half of the experts."""
     checkpoint, data, target, *settings = sys.argv[1:]
@@ -30,15 +43,7 @@ def main() -> None:
     more = {key: json.loads(value) for key, value in more.items()}
     recipe = Prune(Reap(), refit=None, protect=False)
     cost = Cost()
-    trainer = SMoETrainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet_trainer()
     experiment = Experiment(checkpoint, Path(target), recipe=recipe, **more)
     trainer.compress(experiment, TextDataModule(**text))
     cost.note("all steps")
