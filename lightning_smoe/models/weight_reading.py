@@ -27,8 +27,9 @@ from transformers.core_model_loading import (
 )
 
 from lightning_smoe.models.folder import CheckpointFolder
+from lightning_smoe.models.stored import TORCH_TYPES
 
-_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+_TYPES = {**TORCH_TYPES, "I64": torch.int64}
 _LENGTH_BYTES = 8
 
 
