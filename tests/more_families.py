@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # By the field that a family has for it; a family gets those that it has.
 _SIZES: Final[dict[str, Any]] = {
     "vocab_size": 256,
+    "unpadded_vocab_size": 256,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -127,6 +128,7 @@ _DIFFERENCES: Final[dict[str, dict[str, Any]]] = {
     "kimi_linear": {**_LATENT, **_LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},
     "kolibri1": {},
     "laguna": {},
+    "lara_mini": {"layer_types": ["linear_attention", "sliding_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mellum": {},
     "mimo_v2_flash": {},

@@ -4,6 +4,7 @@ from typing import Final
 
 from lightning_smoe.errors import InputError
 
+_BORROWS = "it runs the model of another family under a configuration of its own"
 _SEES = "it sees or hears, and its language model is one part; save that part alone as a checkpoint"
 
 # By model type; the reason ends a sentence that begins "<family> cannot be compressed:".
@@ -16,6 +17,10 @@ REFUSED: Final[dict[str, str]] = {
     "doge": "its experts are single vectors that are found by products of keys, not by router rows",
     "dots3_note": _SEES,
     "gemma4": _SEES,
+    "inkling2_loop_text": (
+        "its decoder layers run several times in one pass, so what stands behind one is not what "
+        "the next one reads"
+    ),
     "jetmoe": (
         "its attention has experts, too, whose number stands in the same field of config.json"
     ),
@@ -26,6 +31,8 @@ REFUSED: Final[dict[str, str]] = {
     ),
     "qwen3_5_moe": _SEES,
     "qwen4_exp": _SEES,
+    "sarvam_mla": _BORROWS,
+    "sarvam_moe": _BORROWS,
     "zaya": "its router is a network of several layers that hands its states to the next router",
 }
 

@@ -1,7 +1,7 @@
 """A checkpoint larger than memory: one decoder layer at a time comes from its files.
 
-The only file that calls what transformers keeps for itself about reading weights (5.23; tried in
-5.19), as there is no public call that reads one layer.
+Calls what transformers keeps for itself about reading weights (tried in 5.23 and 5.24), as there is
+no public call that reads one layer.
 """
 
 import copy
